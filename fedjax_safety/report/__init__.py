@@ -1,0 +1,107 @@
+"""Turns a run's files into a report; needs neither the run's program nor jax.
+
+The report answers, in this order: is it safe, is it still useful, does it
+refuse too much, do the judges agree, who was caught, what did it cost.
+"""
+
+import os
+import pathlib
+
+from fedjax_safety import _validate
+from fedjax_safety.report import _html, _plots, _read, _text
+
+_TITLES = {
+  'headline': 'The headline with 95 % intervals',
+  'training': 'Curves over rounds',
+}
+
+__all__ = ['build', 'terminal_table']
+
+
+def build(
+  workdir: str | os.PathLike, *, num_examples: int = 3
+) -> dict[str, pathlib.Path]:
+  """Writes a run's report into its folder, as HTML, Markdown, CSV and plots.
+
+  The same files give the same report, byte for byte. Whatever a model
+  answered is inert in every format. A run that has not finished gives a
+  report that says what is missing. Each file is replaced whole or not at all.
+
+  Args:
+    workdir: the folder of a run: `config.json`, `metrics.jsonl`, `runs/`.
+    num_examples: answers to harmful requests to show for each row, next to
+      one of each other kind; with 0 the report shows no answers.
+
+  Returns:
+    The paths written: `html`, `markdown` and `csv`, and `headline_plot` and
+    `training_plot` where there was something to draw.
+
+  Raises:
+    ValueError: if the folder holds nothing of a run.
+
+  Example:
+    paths = report.build('/tmp/my_run')
+    print(paths['html'])
+  """
+  _validate.non_negative(num_examples=num_examples)
+  run = _read.load(workdir)
+  folder = pathlib.Path(workdir)
+  figures, plots, paths = {}, {}, {}
+  for name, figure, alt in _figures(run):
+    path = folder / 'plots' / f'{name}.png'
+    figures[name] = _plots.to_svg(figure, name, alt)
+    plots[f'plots/{name}.png'] = _TITLES[name]
+    paths[f'{name}_plot'] = _replace(path, _plots.to_png(figure))
+  texts = {
+    'html': _html.html(run, num_examples=num_examples, figures=figures),
+    'markdown': _text.markdown(run, num_examples=num_examples, plots=plots),
+    'csv': _text.csv_text(run),
+  }
+  suffixes = {'html': 'html', 'markdown': 'md', 'csv': 'csv'}
+  for name, text in texts.items():
+    path = folder / f'report.{suffixes[name]}'
+    paths[name] = _replace(path, text.encode())
+  return paths
+
+
+def terminal_table(workdir: str | os.PathLike) -> str:
+  """Returns the headline as plain text, with the column to believe and why.
+
+  Fits 120 columns up to five columns of rates.
+
+  Args:
+    workdir: the folder of a run.
+
+  Returns:
+    Lines of text without control sequences.
+
+  Raises:
+    ValueError: if the folder holds nothing of a run.
+  """
+  return _text.terminal_table(_read.load(workdir))
+
+
+def _figures(run: _read.Run) -> list[tuple]:
+  """Returns the name, figure and words of everything there is to draw."""
+  headline, training = _plots.headline(run), _plots.training(run)
+  found = []
+  if headline is not None:
+    found.append(('headline', headline, _plots.alt_headline(run)))
+  if training is not None:
+    found.append(('training', training, _plots.alt_training(run)))
+  return found
+
+
+def _replace(path: pathlib.Path, data: bytes) -> pathlib.Path:
+  """Writes a file so that a reader sees the old one or all of the new one."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  try:
+    with part.open('wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
+  return path
