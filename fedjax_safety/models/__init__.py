@@ -1,0 +1,1 @@
+"""The language model: decoder, weights in and out, generation."""

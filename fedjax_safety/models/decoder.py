@@ -1,0 +1,228 @@
+"""A Llama-architecture decoder in Flax Linen.
+
+Two collections: `params` is the frozen base, `lora` the trainable adapter.
+`model.apply({'params': base}, tokens)` is exactly the frozen model;
+`model.apply({'params': base, 'lora': adapter}, tokens)` adds the adapter, and
+`jax.vmap` over the adapter alone leaves every base product unbatched.
+
+Blocks are stacked on a leading layer axis and scanned, so compile time does
+not grow with depth. Shapes in comments: B examples, L tokens, T cache slots,
+D width, H query heads, G key-value heads, K head width, F MLP width, R rank.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedjax_safety.models import config as config_lib
+from fedjax_safety.models import rope
+
+# One layer's keys and values, each [B, T, G, K]; stacked [layers, ...] outside.
+KVCache = tuple[jax.Array, jax.Array]
+
+
+class Dense(nn.Module):
+  """A projection whose LoRA branch exists when the adapter has one for it."""
+
+  features: int
+  use_bias: bool
+  lora_scale: float
+  lora_dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.features)
+    kernel = self.param('kernel', nn.initializers.normal(0.02), shape)
+    y = x @ kernel.astype(self.dtype)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,))
+      y = y + bias.astype(self.dtype)
+    if self.has_variable('lora', 'a'):
+      a = self.get_variable('lora', 'a').astype(self.dtype)
+      b = self.get_variable('lora', 'b').astype(self.dtype)
+      dropout = nn.Dropout(
+        self.lora_dropout, deterministic=not self.has_rng('dropout')
+      )
+      y = y + (dropout(x) @ a) @ b * self.lora_scale
+    return y
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square normalization, computed in float32."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(mean_square + self.eps)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Scaled dot-product attention with grouped queries, softmax in float32.
+
+  Args:
+    q: queries `[B, L, H, K]`.
+    k: keys `[B, T, G, K]`, with `H % G == 0`.
+    v: values `[B, T, G, K]`.
+    mask: `bool[B or 1, L, T]`, true where a query may look.
+
+  Returns:
+    `[B, L, H, K]`.
+  """
+  b, l, h, width = q.shape
+  g = k.shape[2]
+  q = q.reshape(b, l, g, h // g, width) * width**-0.5
+  scores = jnp.einsum('blgnk,btgk->bgnlt', q, k)
+  scores = jnp.where(
+    mask[:, None, None], scores.astype(jnp.float32), jnp.float32(-1e30)
+  )
+  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+  return jnp.einsum('bgnlt,btgk->blgnk', weights, v).reshape(b, l, h, width)
+
+
+class Block(nn.Module):
+  """Attention and gated MLP, each behind its norm and residual."""
+
+  config: config_lib.DecoderConfig
+  lora_scale: float
+  lora_dropout: float
+
+  def _dense(self, features: int, use_bias: bool, name: str) -> Dense:
+    return Dense(
+      features,
+      use_bias,
+      self.lora_scale,
+      self.lora_dropout,
+      self.config.dtype,
+      name=name,
+    )
+
+  def _attention(self, x, cos, sin, mask, slots, cache):
+    """Returns the attention output and this layer's updated cache."""
+    c = self.config
+    heads = lambda y, n: y.reshape(*y.shape[:-1], n, c.head_width)
+    dense = functools.partial(self._dense, use_bias=c.attention_bias)
+    q = dense(c.num_heads * c.head_width, name='q_proj')(x)
+    k = dense(c.num_kv_heads * c.head_width, name='k_proj')(x)
+    v = dense(c.num_kv_heads * c.head_width, name='v_proj')(x)
+    q = rope.rotate(heads(q, c.num_heads), cos, sin)
+    k = rope.rotate(heads(k, c.num_kv_heads), cos, sin)
+    v = heads(v, c.num_kv_heads)
+    if cache is not None:
+      rows = jnp.arange(x.shape[0])[:, None]
+      cache = tuple(
+        old.at[rows, slots].set(new.astype(old.dtype), mode='drop')
+        for old, new in zip(cache, (k, v), strict=True)
+      )
+      k, v = cache
+    out = attend(q, k, v, mask)
+    out = out.reshape(*x.shape[:-1], -1)
+    return dense(c.width, name='o_proj')(out), cache
+
+  @nn.compact
+  def __call__(self, x, cache, cos, sin, mask, slots):
+    c = self.config
+    normed = RMSNorm(c.norm_eps, name='input_layernorm')(x)
+    out, cache = self._attention(normed, cos, sin, mask, slots, cache)
+    x = x + out
+    normed = RMSNorm(c.norm_eps, name='post_attention_layernorm')(x)
+    dense = functools.partial(self._dense, use_bias=c.mlp_bias)
+    gate = dense(c.mlp_width, name='gate_proj')(normed)
+    up = dense(c.mlp_width, name='up_proj')(normed)
+    x = x + dense(c.width, name='down_proj')(nn.silu(gate) * up)
+    return x, cache
+
+
+class Decoder(nn.Module):
+  """The whole model: tokens to logits, with or without a cache.
+
+  Attributes:
+    config: sizes and numerics.
+    lora_scale: factor of the adapter's product, alpha / rank.
+    lora_dropout: dropout rate on the adapter's input while a `dropout` key is
+      given to `apply`.
+    remat: whether blocks are recomputed in the backward pass to save memory.
+  """
+
+  config: config_lib.DecoderConfig
+  lora_scale: float = 1.0
+  lora_dropout: float = 0.0
+  remat: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    cache: KVCache | None = None,
+    last_only: jax.Array | None = None,
+  ) -> jax.Array | tuple[jax.Array, KVCache]:
+    """Returns next-token logits, and the updated cache when one is given.
+
+    Without a cache, attention is causal over `tokens`; padding belongs on the
+    right, where no real token can see it. With a cache, token j of row i is
+    written to slot `positions[i, j]` and sees every slot up to it.
+
+    Args:
+      tokens: `int32[B, L]`.
+      positions: `int32[B, L]`; 0, 1, ... by default. A position beyond the
+        cache is dropped.
+      cache: `(keys, values)`, each `[layers, B, T, G, K]`; see `empty_cache`.
+      last_only: `int32[B]`; if given, logits of that token of each row only.
+
+    Returns:
+      `float32[B, L, V]` (or `[B, V]` with `last_only`), then the cache.
+    """
+    c = self.config
+    length = tokens.shape[1]
+    slots = jnp.arange(length)[None] if positions is None else positions
+    reach = length if cache is None else cache[0].shape[2]
+    mask = jnp.arange(reach)[None, None] <= slots[..., None]
+    embedding = self.param(
+      'embed_tokens', nn.initializers.normal(0.02), (c.vocab_size, c.width)
+    )
+    x = embedding[tokens].astype(c.dtype)
+    cos, sin = rope.cos_sin(c, slots)
+    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    stack = nn.scan(
+      block,
+      variable_axes={'params': 0, 'lora': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=(0, *[nn.broadcast] * 4),
+      length=c.num_layers,
+      metadata_params={nn.PARTITION_NAME: None},
+    )(c, self.lora_scale, self.lora_dropout, name='layers')
+    x, cache = stack(x, cache, cos, sin, mask, slots)
+    if last_only is not None:
+      x = jnp.take_along_axis(x, last_only[:, None, None], axis=1)[:, 0]
+    x = RMSNorm(c.norm_eps, name='norm')(x)
+    if c.tied_head:
+      head = embedding.T
+    else:
+      shape = (c.width, c.vocab_size)
+      head = self.param('lm_head', nn.initializers.normal(0.02), shape)
+    logits = (x @ head.astype(c.dtype)).astype(jnp.float32)
+    return logits if cache is None else (logits, cache)
+
+
+def empty_cache(
+  config: config_lib.DecoderConfig, batch: int, slots: int
+) -> KVCache:
+  """Returns a zeroed cache, `[layers, batch, slots, G, K]` twice."""
+  shape = (
+    config.num_layers,
+    batch,
+    slots,
+    config.num_kv_heads,
+    config.head_width,
+  )
+  return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)

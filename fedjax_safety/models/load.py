@@ -1,0 +1,281 @@
+"""Reading models, tokenizers and adapters from Hugging Face directories."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+import transformers
+
+from fedjax_safety.models import config as config_lib
+from fedjax_safety.models import peft_layout, sharding, tensor_files, weights
+
+# Old checkpoints carry these; the decoder computes them from its config.
+_IGNORED = ('.rotary_emb.inv_freq',)
+
+
+def load(
+  directory: str | pathlib.Path,
+  *,
+  dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  progress: bool = True,
+) -> tuple[config_lib.DecoderConfig, dict[str, Any]]:
+  """Loads a Llama-architecture model from a Hugging Face directory.
+
+  Every process reads only the slices that its own devices hold, and at most
+  one stacked leaf at a time is in host memory.
+
+  Args:
+    directory: holds `config.json` and safetensors weights, in one file or in
+      several with an index, in float32, float16 or bfloat16, mixed or not.
+    dtype: dtype to hold and compute in; the one in `config.json` by default.
+    mesh: from `sharding.make_mesh`; the default device holds all without it.
+    progress: whether to show a bar where standard error is a terminal.
+
+  Returns:
+    The decoder's config and its base parameters.
+
+  Raises:
+    ValueError: a file is missing or damaged, a tensor is missing, unexpected
+      or of another shape or kind, or the mesh does not divide the model.
+  """
+  directory = pathlib.Path(directory)
+  config = config_lib.read_hf(directory, dtype)
+  if mesh is not None:
+    sharding.check_divisible(config, mesh)
+  with tensor_files.open_model(directory) as files:
+    table = weights.table(config)
+    _check_model(files, table, config, directory)
+    params = {}
+    # With None, tqdm shows the bar on terminals only.
+    hidden = None if progress else True
+    with tqdm.tqdm(table, f'Loading {directory.name}', disable=hidden) as bar:
+      for weight in bar:
+        bar.set_postfix_str('/'.join(weight.path))
+        weights.put(
+          params, weight.path, _load(files, weight, config.dtype, mesh)
+        )
+  return config, params
+
+
+def _check_model(
+  files: tensor_files.TensorFiles,
+  table: tuple[weights.Weight, ...],
+  config: config_lib.DecoderConfig,
+  directory: pathlib.Path,
+) -> None:
+  """Raises unless the files hold exactly what the config describes."""
+  expected = {name: w.file_shape for w in table for name in w.names}
+  missing = [name for name in expected if name not in files.names]
+  if missing:
+    hint = ''
+    if missing == ['lm_head.weight']:
+      hint = '; if the embedding is the head, set tie_word_embeddings to true'
+    raise ValueError(
+      f'{missing[0]} is missing from {_where(files, directory)} '
+      f'({len(missing)} of {len(expected)} tensors are){hint}'
+    )
+  extra = sorted(
+    name
+    for name in files.names - set(expected)
+    if not name.endswith(_IGNORED)
+    and not (config.tied_head and name == 'lm_head.weight')
+  )
+  if extra:
+    raise ValueError(
+      f'{extra[0]} in {files.path(extra[0])} is no part of the model that '
+      f'config.json describes ({len(extra)} such tensors)'
+    )
+  for name, shape in expected.items():
+    files.check(name, shape)
+  if config.tied_head and 'lm_head.weight' in files.names:
+    _check_tied(files, config)
+
+
+def _where(files: tensor_files.TensorFiles, directory: pathlib.Path) -> str:
+  """Names the file or files that a model was read from."""
+  if len(files.paths) == 1:
+    return str(files.paths[0])
+  return f'the {len(files.paths)} files of {directory / tensor_files.INDEX}'
+
+
+def _check_tied(
+  files: tensor_files.TensorFiles, config: config_lib.DecoderConfig
+) -> None:
+  """Raises unless a stored head equals the embedding it is tied to."""
+  head, embed = 'lm_head.weight', 'model.embed_tokens.weight'
+  files.check(head, (config.vocab_size, config.width))
+  for start in range(0, config.vocab_size, tensor_files.PANEL):
+    stop = min(start + tensor_files.PANEL, config.vocab_size)
+    rows = (slice(start, stop), slice(None))
+    if not np.array_equal(files.read(head, rows), files.read(embed, rows)):
+      raise ValueError(
+        f'{head} in {files.path(head)} differs from {embed}, to which '
+        f'config.json ties it; set tie_word_embeddings to false to use it'
+      )
+
+
+def _load(
+  files: tensor_files.TensorFiles,
+  weight: weights.Weight,
+  dtype: Any,
+  mesh: jax.sharding.Mesh | None,
+) -> jax.Array:
+  """Loads one leaf, slice by slice where the mesh splits it."""
+  dtype = np.dtype(dtype)
+  if mesh is None:
+    everything = tuple(slice(0, size) for size in weight.shape)
+    # Without a device the array is not tied to one and can join any mesh.
+    return jax.device_put(_read(files, weight, everything, dtype))
+  shards = {}
+
+  def shard(index):
+    # Devices along `clients` hold the same slice: read it once for them all.
+    bounds = tuple(
+      part.indices(size)[:2]
+      for part, size in zip(index, weight.shape, strict=True)
+    )
+    if bounds not in shards:
+      slices = tuple(slice(*pair) for pair in bounds)
+      shards[bounds] = _read(files, weight, slices, dtype)
+    return shards[bounds]
+
+  place = jax.sharding.NamedSharding(mesh, sharding.spec_of(weight.path))
+  return jax.make_array_from_callback(weight.shape, place, shard, dtype=dtype)
+
+
+def _read(
+  files: tensor_files.TensorFiles,
+  weight: weights.Weight,
+  index: tuple[slice, ...],
+  dtype: np.dtype,
+) -> np.ndarray:
+  """Reads one slice of a leaf: stacked, transposed and cast."""
+  out = np.empty([part.stop - part.start for part in index], dtype)
+  layers, inner = index[:1], index[1:]
+  if not weight.stacked:
+    layers, inner = (slice(0, 1),), index
+  numbers = range(layers[0].start, layers[0].stop)
+  for number, target in zip(
+    numbers, out if weight.stacked else [out], strict=True
+  ):
+    name = weight.names[number]
+    if weight.transposed:
+      _read_transposed(files, name, inner, target)
+    else:
+      target[...] = files.read(name, inner)
+  return out
+
+
+def _read_transposed(
+  files: tensor_files.TensorFiles,
+  name: str,
+  index: tuple[slice, slice],
+  out: np.ndarray,
+) -> None:
+  """Fills `out[D_in, D_out]` from a tensor stored as `[D_out, D_in]`."""
+  inputs, outputs = index
+  for low in range(outputs.start, outputs.stop, tensor_files.PANEL):
+    high = min(low + tensor_files.PANEL, outputs.stop)
+    panel = files.read(name, (slice(low, high), inputs))
+    tensor_files.transpose_panel(
+      np.ascontiguousarray(panel, out.dtype),
+      out[:, low - outputs.start : high - outputs.start],
+    )
+
+
+def load_tokenizer(
+  directory: str | pathlib.Path,
+) -> transformers.PreTrainedTokenizerBase:
+  """Loads the tokenizer of a Hugging Face directory; it pads on the right.
+
+  Where the tokenizer has no padding token, it pads with the end-of-sequence
+  token, or else the unknown token. Nothing is fetched from a network.
+
+  Raises:
+    ValueError: there is no tokenizer, it cannot be read, or it has no token
+      that could pad.
+  """
+  directory = pathlib.Path(directory)
+  if not any(
+    (directory / name).is_file()
+    for name in ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json')
+  ):
+    raise ValueError(
+      f'{directory} has no tokenizer: no tokenizer.json, tokenizer.model or '
+      f'tokenizer_config.json'
+    )
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+      directory, local_files_only=True
+    )
+  # The tokenizers library raises bare exceptions on damaged files.
+  except Exception as error:
+    raise ValueError(
+      f'the tokenizer in {directory} cannot be read: {error}'
+    ) from error
+  if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+  if tokenizer.pad_token is None:
+    raise ValueError(
+      f'the tokenizer in {directory} has no pad, eos or unk token; set '
+      f'pad_token in its tokenizer_config.json'
+    )
+  tokenizer.padding_side = 'right'
+  return tokenizer
+
+
+def check_tokenizer(
+  tokenizer: transformers.PreTrainedTokenizerBase,
+  config: config_lib.DecoderConfig,
+) -> None:
+  """Raises unless every token has a row in the embedding.
+
+  Raises:
+    ValueError: the tokenizer has an id beyond the embedding.
+  """
+  token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+  if largest >= config.vocab_size:
+    raise ValueError(
+      f'the tokenizer gives {token!r} the id {largest}, but the model embeds '
+      f'vocab_size={config.vocab_size} ids, up to {config.vocab_size - 1}; '
+      f'use the tokenizer that belongs to the model'
+    )
+
+
+def load_adapter(
+  directory: str | pathlib.Path, config: config_lib.DecoderConfig
+) -> tuple[dict[str, Any], float]:
+  """Loads a LoRA adapter in the layout of PEFT.
+
+  Args:
+    directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+    config: the config of the decoder that it adapts.
+
+  Returns:
+    The float32 adapter and the scale of its product.
+
+  Raises:
+    ValueError: a file is missing or damaged, the adapter is more than plain
+      LoRA on the projections, or its tensors do not fit the decoder.
+  """
+  directory = pathlib.Path(directory)
+  raw = peft_layout.read_config(directory / peft_layout.CONFIG)
+  with tensor_files.TensorFiles([directory / peft_layout.WEIGHTS]) as files:
+    targets = peft_layout.adapted(files, raw, config)
+    blocks = {
+      target: {
+        factor: jnp.stack(
+          [
+            jnp.asarray(files.read(name, (slice(None),) * 2).T, jnp.float32)
+            for name in names
+          ]
+        )
+        for factor, names in peft_layout.pair_names(target, config).items()
+      }
+      for target in targets
+    }
+  return {'layers': blocks}, peft_layout.scale_of(raw)

@@ -1,0 +1,288 @@
+"""Tests of meshes and of a model that is spread over eight devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from fedjax_safety import lora
+from fedjax_safety.models import config as config_lib
+from fedjax_safety.models import decoder, export, sharding
+
+P = jax.sharding.PartitionSpec
+
+# Sizes that every axis of the meshes below divides.
+SIZES = {
+  'vocab_size': 48,
+  'head_dim': 4,
+  'num_hidden_layers': 2,
+  'attention_bias': True,
+}
+
+# Runs on eight devices: loads the model, and maps loss and gradient over two
+# adapters; prints digests to compare with those of one device.
+PROGRAM = """
+  import json, sys
+  import jax, jax.numpy as jnp, numpy as np
+  from fedjax_safety import lora
+  from fedjax_safety.models import decoder, load, sharding, tensor_files
+
+  P, NamedSharding = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+  def values_of(tree):
+    return {
+      jax.tree_util.keystr(path): np.asarray(leaf).tolist()
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  read, sizes_read = tensor_files.TensorFiles.read, []
+
+  def counting_read(*args):
+    out = read(*args)
+    sizes_read.append(out.size)
+    return out
+
+  tensor_files.TensorFiles.read = counting_read
+  for sizes in json.loads(sys.argv[2]):
+    sizes_read.clear()
+    mesh = sharding.make_mesh(*sizes)
+    config, params = load.load(sys.argv[1], mesh=mesh)
+    split = {
+      jax.tree_util.keystr(path): leaf.sharding.shard_shape(leaf.shape)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    adapter = lora.init(
+      jax.random.key(0), params, rank=2, target_modules=['q_proj', 'down_proj']
+    )
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 0.1]), adapter)
+    stacked = sharding.place(
+      stacked, mesh, sharding.adapter_specs(stacked, stacked=True)
+    )
+    tokens = np.random.default_rng(0).integers(0, 48, (2, 4, 9), np.int32)
+    tokens = jax.device_put(
+      tokens, NamedSharding(mesh, P('clients', 'fsdp'))
+    )
+    model = decoder.Decoder(config)
+
+    def loss(adapter, params, tokens):
+      logits = model.apply({'params': params, 'lora': adapter}, tokens)
+      return jnp.square(logits).mean(), logits
+
+    step = jax.jit(jax.vmap(
+      jax.grad(loss, has_aux=True), (0, None, 0), spmd_axis_name='clients'
+    ))
+    with jax.set_mesh(mesh):
+      gradient, logits = step(stacked, params, tokens)
+    print(json.dumps({
+      'params': values_of(params),
+      'split': split,
+      'numbers_read': sum(sizes_read),
+      'gradient': values_of(gradient),
+      'logits': np.asarray(logits).tolist(),
+    }))
+"""
+
+# Looks tokens up, then keeps the examples split, in our partition of the
+# embedding and in one that would be wrong.
+LOOKUP = """
+  import sys
+  import jax, jax.numpy as jnp
+  from fedjax_safety.models import sharding
+
+  P, NamedSharding = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+  mesh = sharding.make_mesh(2, 2, 2)
+  tokens = jax.device_put(
+    jnp.zeros((2, 4, 9), int), NamedSharding(mesh, P('clients', 'fsdp'))
+  )
+
+  def lookup(table, tokens):
+    x = jax.lax.with_sharding_constraint(table[tokens], P('fsdp', None, None))
+    return x @ table.T
+
+  mapped = jax.jit(jax.vmap(lookup, (None, 0), spmd_axis_name='clients'))
+  for spec in (sharding.spec_of(('embed_tokens',)), P('tp', 'fsdp')):
+    table = jax.device_put(jnp.ones((48, 16)), NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+      mapped.lower(table, tokens).compile()
+    print('compiled', file=sys.stderr, flush=True)
+"""
+
+WARNING = 'Involuntary full rematerialization'
+
+
+def _run_on_eight(program, *arguments):
+  """Runs a program in a fresh process; returns its output and its errors."""
+  root = str(pathlib.Path(sharding.__file__).parents[2])
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': '8',
+    'TF_CPP_MIN_LOG_LEVEL': '0',
+    'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(program), *arguments],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout, done.stderr
+
+
+@pytest.fixture
+def model(tmp_path, hf_config, random_params):
+  """Returns a model and the directory in which it is saved."""
+  raw = hf_config(**SIZES)
+  config = config_lib.from_hf(raw)
+  params = random_params(config)
+  export.export_model(tmp_path / 'model', params, hf_config=raw)
+  return config, params, tmp_path / 'model'
+
+
+def _on_one_device(config, params):
+  """Does what PROGRAM does, without a mesh."""
+  adapter = lora.init(
+    jax.random.key(0), params, rank=2, target_modules=['q_proj', 'down_proj']
+  )
+  stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf + 0.1]), adapter)
+  tokens = np.random.default_rng(0).integers(0, 48, (2, 4, 9), np.int32)
+  model = decoder.Decoder(config)
+
+  def loss(adapter, tokens):
+    logits = model.apply({'params': params, 'lora': adapter}, tokens)
+    return (logits**2).mean(), logits
+
+  return jax.jit(jax.vmap(jax.grad(loss, has_aux=True)))(stacked, tokens)
+
+
+def _assert_close(found, expected):
+  """Compares a record of the program with a tree, leaf by leaf."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+    np.testing.assert_allclose(
+      found[jax.tree_util.keystr(path)], leaf, atol=1e-5 * np.abs(leaf).max()
+    )
+
+
+def test_eight_devices_equal_one(model):
+  config, params, directory = model
+  output, errors = _run_on_eight(
+    PROGRAM, str(directory), '[[2, 2, 2], [1, 4, 2]]'
+  )
+  assert WARNING not in errors
+  gradient, logits = _on_one_device(config, params)
+  first, second = records = [json.loads(line) for line in output.splitlines()]
+  for record in records:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      found = np.float32(record['params'][jax.tree_util.keystr(path)])
+      np.testing.assert_array_equal(found, leaf)
+    # Devices that hold the same slice share one reading of it.
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert record['numbers_read'] == numbers
+    # Sums over 16 to 48 terms in another order.
+    np.testing.assert_allclose(record['logits'], logits, atol=1e-5)
+    _assert_close(record['gradient'], gradient)
+  kernel = "['layers']['q_proj']['kernel']"
+  assert first['split'][kernel] == [2, 8, 8]
+  assert second['split'][kernel] == [2, 4, 8]
+  assert second['split']["['embed_tokens']"] == [24, 16]
+
+
+def test_token_lookup_does_not_gather_the_table():
+  _, errors = _run_on_eight(LOOKUP)
+  ours, wrong, _ = errors.split('compiled')
+  assert WARNING not in ours
+  assert WARNING in wrong
+
+
+def _is_spec(node):
+  return isinstance(node, P)
+
+
+def test_every_leaf_has_a_partition_of_its_rank(hf_config, random_params):
+  raw = hf_config(attention_bias=True, mlp_bias=True)
+  params = random_params(config_lib.from_hf(raw))
+  specs = sharding.param_specs(jax.eval_shape(lambda: params))
+  assert jax.tree.structure(specs, is_leaf=_is_spec) == jax.tree.structure(
+    params
+  )
+  for spec, leaf in zip(
+    jax.tree.leaves(specs, is_leaf=_is_spec),
+    jax.tree.leaves(params),
+    strict=True,
+  ):
+    assert len(spec) in (0, leaf.ndim)
+  blocks = specs['layers']
+  assert specs['embed_tokens'] == P('tp', None)
+  assert specs['lm_head'] == P('fsdp', 'tp')
+  assert blocks['k_proj'] == {
+    'kernel': P(None, 'fsdp', 'tp'),
+    'bias': P(None, 'tp'),
+  }
+  assert blocks['down_proj'] == {'kernel': P(None, 'tp', 'fsdp'), 'bias': P()}
+
+
+def test_factors_are_split_like_their_kernel():
+  pair = {'a': None, 'b': None}
+  adapter = {'layers': {'up_proj': pair, 'o_proj': pair}}
+  specs = sharding.adapter_specs(adapter)['layers']
+  assert specs['up_proj'] == {
+    'a': P(None, 'fsdp', None),
+    'b': P(None, None, 'tp'),
+  }
+  assert specs['o_proj'] == {
+    'a': P(None, 'tp', None),
+    'b': P(None, None, 'fsdp'),
+  }
+  stacked = sharding.adapter_specs(adapter, stacked=True)['layers']
+  assert stacked['up_proj']['a'] == P('clients', None, 'fsdp', None)
+
+
+def test_unknown_leaves_are_refused():
+  with pytest.raises(ValueError, match='layers/wq/kernel is not a base'):
+    sharding.param_specs({'layers': {'wq': {'kernel': None}}})
+  with pytest.raises(ValueError, match='layers/q_proj/c is not a factor'):
+    sharding.adapter_specs({'layers': {'q_proj': {'c': None}}})
+
+
+def test_mesh_has_automatic_axes():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  assert dict(mesh.shape) == {'clients': 1, 'fsdp': 1, 'tp': 1}
+  assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+  'sizes, message',
+  [
+    ((3, 1, 1), 'clients=3, fsdp=1, tp=1: the product, 3, must equal the 1'),
+    ((-1, 2, 1), 'the product of the given sizes, 2, must divide the 1'),
+    ((-1, -1, 1), 'at most one size may be -1'),
+    ((1, 0, 1), 'fsdp=0 must be greater than 0'),
+  ],
+)
+def test_mesh_sizes_must_use_the_devices(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(*sizes, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+  'axes, message',
+  [
+    ((1, 3, 1), 'hidden_size=16 must be a multiple of fsdp=3'),
+    ((1, 1, 5), 'vocab_size=48 must be a multiple of tp=5'),
+    ((1, 1, 16), 'intermediate_size=24 must be a multiple of tp=16'),
+    ((1, 1, 12), r'num_attention_heads \* head_dim=16 must be .* tp=12'),
+  ],
+)
+def test_dimensions_that_do_not_divide_are_named(hf_config, axes, message):
+  config = config_lib.from_hf(hf_config(head_dim=4))
+  mesh = jax.sharding.AbstractMesh(axes, sharding.AXES)
+  with pytest.raises(ValueError, match=message):
+    sharding.check_divisible(config, mesh)
+  fits = jax.sharding.AbstractMesh((3, 4, 8), sharding.AXES)
+  sharding.check_divisible(config, fits)
