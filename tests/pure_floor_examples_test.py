@@ -1,0 +1,22 @@
+"""The examples in the docstrings of the pure floor run as printed."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = {
+  'aggregators': 5,
+  'aggregators._coordinatewise': 7,
+  'aggregators._mean': 4,
+  'aggregators._selection': 4,
+  'attacks._update': 5,
+}
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_examples_run_as_printed(name):
+  module = importlib.import_module(f'fedjax_safety.{name}')
+  result = doctest.testmod(module)
+  assert result.failed == 0
+  assert result.attempted >= MODULES[name]
