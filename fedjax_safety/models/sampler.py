@@ -21,13 +21,17 @@ _EMPTY_ADAPTER: dict = {}
 
 
 def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-  """Masks tokens outside the smallest set whose probability reaches top_p."""
+  """Masks tokens outside the smallest set whose probability reaches top_p.
+
+  Ties with the last token of the set stay in it; top_p 1 masks nothing.
+  """
   ordered = jnp.sort(logits, axis=-1)[..., ::-1]
-  mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+  probability = jax.nn.softmax(ordered, axis=-1)
+  mass = jnp.cumsum(probability, axis=-1)
   # The token that crosses top_p stays in, so at least one always does.
-  last = jnp.sum(mass - jax.nn.softmax(ordered, axis=-1) < top_p, -1) - 1
+  last = jnp.sum(mass - probability < top_p, -1) - 1
   cut = jnp.take_along_axis(ordered, jnp.maximum(last, 0)[..., None], axis=-1)
-  return jnp.where(logits < cut, -jnp.inf, logits)
+  return jnp.where((logits < cut) & (top_p < 1), -jnp.inf, logits)
 
 
 def _pick(logits, keys, step, temperature, top_p, greedy):

@@ -1,0 +1,225 @@
+"""Builds the parts of a run from its settings: models, judges, prompts."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from fedjax_safety import losses, types
+from fedjax_safety import settings as settings_lib
+from fedjax_safety.data import sources, templates
+from fedjax_safety.demo_world import named
+from fedjax_safety.evaluation import judges as judges_lib
+from fedjax_safety.models import config as model_config
+from fedjax_safety.models import decoder, load, sampler, sharding
+
+Examples = list[sources.Example]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel:
+  """A loaded model with its tokenizer and prompt template."""
+
+  directory: pathlib.Path
+  config: model_config.DecoderConfig
+  base_params: types.BaseParams
+  tokenizer: Any
+  template: templates.Template
+
+
+def mesh_of(config: settings_lib.PerformanceConfig) -> jax.sharding.Mesh | None:
+  """Returns the mesh that the settings ask for, None for one device."""
+  if config.mesh == (1, 1, 1):
+    return None
+  devices = jax.devices()[: math.prod(config.mesh)]
+  return sharding.make_mesh(*config.mesh, devices=devices)
+
+
+@functools.lru_cache(maxsize=4)
+def load_model(
+  path: str,
+  dtype: str,
+  template: str,
+  mesh_shape: tuple[int, ...] = (1, 1, 1),
+) -> LanguageModel:
+  """Loads a Hugging Face directory or a named model of the demo world.
+
+  Raises:
+    ValueError: it cannot be read, is not supported, or its tokenizer does not
+      fit it.
+  """
+  directory = (
+    named.model_directory(path) if named.is_named(path) else pathlib.Path(path)
+  )
+  tokenizer = load.load_tokenizer(directory)
+  chosen = templates.get(template, tokenizer)
+  config = model_config.read_hf(directory, dtype)
+  load.check_tokenizer(tokenizer, config)
+  mesh = mesh_of(settings_lib.PerformanceConfig(mesh=mesh_shape))
+  config, base_params = load.load(directory, dtype=dtype, mesh=mesh)
+  return LanguageModel(directory, config, base_params, tokenizer, chosen)
+
+
+def tuned_model(config: settings_lib.ExperimentConfig) -> LanguageModel:
+  """Loads the model that the federation tunes."""
+  return load_model(
+    config.model.path,
+    config.model.dtype,
+    config.model.template,
+    config.performance.mesh,
+  )
+
+
+def make_decoder(
+  language_model: LanguageModel, config: settings_lib.ExperimentConfig
+) -> decoder.Decoder:
+  """Returns the decoder that trains, with the adapter's scale and dropout."""
+  return decoder.Decoder(
+    language_model.config,
+    lora_scale=config.lora.scale,
+    lora_dropout=config.lora.dropout,
+    remat=config.performance.remat,
+  )
+
+
+@functools.lru_cache(maxsize=4)
+def make_loss(model: decoder.Decoder) -> Callable[..., jax.Array]:
+  """Returns `(base_params, adapter, tokens, loss_mask, key) -> loss`.
+
+  The same model gives the same function, so that what was compiled with it
+  is found again.
+  """
+
+  def loss_fn(base_params, adapter, tokens, loss_mask, key):
+    logits = model.apply(
+      {'params': base_params, 'lora': adapter},
+      tokens,
+      rngs={'dropout': key} if model.lora_dropout else None,
+    )
+    return losses.next_token_loss(logits, tokens, loss_mask)
+
+  return loss_fn
+
+
+def make_sampler(
+  language_model: LanguageModel,
+  config: settings_lib.ExperimentConfig,
+  *,
+  lora_scale: float | None = None,
+) -> sampler.Sampler:
+  """Returns a sampler of a model; the run's own adapter scale by default."""
+  scale = config.lora.scale if lora_scale is None else lora_scale
+  return sampler.Sampler(
+    model=decoder.Decoder(language_model.config, lora_scale=scale),
+    base_params=language_model.base_params,
+    tokenizer=language_model.tokenizer,
+    encode_prompts=functools.partial(
+      templates.encode_prompts,
+      language_model.template,
+      language_model.tokenizer,
+    ),
+    max_new_tokens=config.evaluation.max_new_tokens,
+    batch_size=config.performance.generation_batch_size,
+  )
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: str, fields: tuple, need_response: bool) -> tuple:
+  """Reads a file's examples once a process."""
+  return tuple(
+    sources.load_examples(
+      path,
+      fields=dict(fields) or None,
+      need_response=need_response,
+      skip_empty=need_response,
+    )
+  )
+
+
+def examples(
+  source: str,
+  *,
+  count: int | None,
+  seed: int,
+  fields: Mapping[str, str] | None = None,
+) -> Examples:
+  """Returns examples of a file, or of a named data set of the demo world.
+
+  Args:
+    source: a path, glob, or `demo_world:` name.
+    count: how many to draw of a named set; files are read whole.
+    seed: of that draw.
+    fields: columns of a file, if they are not recognized.
+  """
+  if named.is_named(source):
+    return named.examples(source, count=count, seed=seed)
+  return list(_read(source, tuple(sorted((fields or {}).items())), True))
+
+
+def encode(
+  pairs: Sequence[sources.Example],
+  language_model: LanguageModel,
+  config: settings_lib.ExperimentConfig,
+) -> templates.EncodedExamples:
+  """Tokenizes pairs for training."""
+  return templates.encode_all(
+    pairs,
+    language_model.template,
+    language_model.tokenizer,
+    max_length=config.model.max_length,
+  )
+
+
+def evaluation_sets(
+  config: settings_lib.EvaluationConfig,
+) -> dict[str, tuple[str, Examples]]:
+  """Returns every set's role and prompts.
+
+  Raises:
+    ValueError: a set cannot be read or is empty.
+  """
+  sets = {}
+  for name, chosen in config.sets.items():
+    if not chosen.source:
+      continue
+    if named.is_named(chosen.source):
+      prompts = named.prompts(chosen.source, limit=chosen.limit)
+    else:
+      fields = tuple(sorted(chosen.fields.items()))
+      prompts = list(_read(chosen.source, fields, chosen.role == 'task'))
+      if chosen.where:
+        prompts = sources.select(prompts, chosen.where)
+      if chosen.role == 'harmful':
+        prompts = [dataclasses.replace(p, response='') for p in prompts]
+      prompts = prompts[: chosen.limit or None]
+    sets[name] = (chosen.role, prompts)
+  return sets
+
+
+def judges(config: settings_lib.ExperimentConfig) -> list[Any]:
+  """Returns the judges: rule lists, the learned one, the world's truth."""
+  evaluation = config.evaluation
+  chosen = [judges_lib.RuleJudge(rule) for rule in evaluation.rules]
+  if evaluation.judge:
+    model = load_model(
+      evaluation.judge, config.model.dtype, evaluation.judge_template
+    )
+    chosen.append(
+      judges_lib.LearnedJudge(
+        make_sampler(model, config, lora_scale=1.0),
+        evaluation.judge_prompt,
+        evaluation.judge_words,
+      )
+    )
+  worlds = {
+    named.world(s.source)
+    for s in evaluation.sets.values()
+    if named.is_named(s.source)
+  }
+  if len(worlds) == 1:
+    chosen.append(judges_lib.TruthJudge(worlds.pop()))
+  return chosen

@@ -1,0 +1,186 @@
+"""What each client holds: normal examples, its aligned share, its poison."""
+
+import random
+
+from fedjax_safety import assembly
+from fedjax_safety import settings as settings_lib
+from fedjax_safety.data import partition, poison, sources, templates
+
+Examples = list[sources.Example]
+
+
+def _uneven(config: settings_lib.ExperimentConfig) -> list[Examples]:
+  """Returns each client's normal examples under an uneven partition."""
+  data, population = config.data, config.client.population
+  if data.partition == 'files':
+    clients = sources.load_clients(
+      data.normal, fields=dict(data.fields) or None, skip_empty=True
+    )
+  else:
+    pool = assembly.examples(
+      data.normal,
+      count=population * data.examples_per_client,
+      seed=config.seed,
+      fields=data.fields,
+    )
+    # Clients, or the labels that are dealt to clients unevenly.
+    groups = partition.natural(pool, data.partition_key)
+    if data.partition == 'dirichlet':
+      labels = {i: value for value, rows in groups.items() for i in rows}
+      groups = partition.dirichlet(
+        [labels[i] for i in range(len(pool))],
+        population,
+        alpha=data.dirichlet_alpha,
+        seed=config.seed,
+      )
+    clients = partition.take(pool, groups)
+  if len(clients) < population:
+    raise ValueError(
+      f'client.population={population} but {data.normal} has '
+      f'{len(clients)} clients under data.partition={data.partition!r}; set '
+      f'--config.client.population={len(clients)} or less'
+    )
+  return list(clients.values())[:population]
+
+
+def honest_clients(
+  config: settings_lib.ExperimentConfig,
+) -> dict[int, Examples]:
+  """Returns every client's data before any is poisoned.
+
+  Each client holds `aligned_share` of aligned examples. Under an uneven
+  partition they are added to what the client has, dealt out in turn.
+
+  Raises:
+    ValueError: the data cannot be read or are too few.
+  """
+  data, population = config.data, config.client.population
+  if data.partition != 'iid':
+    return _with_aligned(config, _uneven(config))
+  num_aligned = partition.share_of(
+    data.examples_per_client, aligned_share=data.aligned_share
+  )
+  normal = assembly.examples(
+    data.normal,
+    count=population * (data.examples_per_client - num_aligned),
+    seed=config.seed,
+    fields=data.fields,
+  )
+  if not num_aligned:
+    indices = partition.iid(
+      normal,
+      population,
+      seed=config.seed,
+      examples_per_client=data.examples_per_client,
+    )
+    return partition.take(normal, indices)
+  aligned = assembly.examples(
+    data.aligned, count=population * num_aligned, seed=config.seed
+  )
+  indices = partition.mix(
+    normal,
+    aligned,
+    num_clients=population,
+    examples_per_client=data.examples_per_client,
+    aligned_share=data.aligned_share,
+    seed=config.seed,
+  )
+  return partition.take([*normal, *aligned], indices)
+
+
+def _with_aligned(
+  config: settings_lib.ExperimentConfig, clients: list[Examples]
+) -> dict[int, Examples]:
+  """Adds each client's share of aligned examples to its normal ones."""
+  share = config.data.aligned_share
+  if not share:
+    return dict(enumerate(clients))
+  extra = [max(1, round(len(c) * share / (1 - share))) for c in clients]
+  aligned = assembly.examples(
+    config.data.aligned, count=sum(extra), seed=config.seed
+  )
+  if len(aligned) < sum(extra):
+    raise ValueError(
+      f'data.aligned_share={share} needs {sum(extra)} aligned examples; '
+      f'{config.data.aligned} has {len(aligned)}'
+    )
+  random.Random(config.seed).shuffle(aligned)
+  supply = iter(aligned)
+  return {
+    i: client + [next(supply) for _ in range(number)]
+    for i, (client, number) in enumerate(zip(clients, extra, strict=True))
+  }
+
+
+def malicious_ids(config: settings_lib.ExperimentConfig) -> list[int]:
+  """Returns the ids of the malicious clients."""
+  return poison.malicious_ids(
+    config.client.population,
+    config.threat_model.num_malicious,
+    config.threat_model.placement,
+    seed=config.seed,
+  )
+
+
+def num_unaligned(
+  config: settings_lib.ExperimentConfig, clients: dict[int, Examples]
+) -> int:
+  """Returns how many unaligned pairs the malicious clients train on."""
+  fraction = config.threat_model.poison_fraction
+  return sum(
+    partition.share_of(len(clients[i]), poison_fraction=fraction)
+    for i in malicious_ids(config)
+  )
+
+
+def poisoned(
+  config: settings_lib.ExperimentConfig,
+  clients: dict[int, Examples],
+  unaligned: Examples,
+) -> dict[int, Examples]:
+  """Replaces malicious clients' examples by unaligned pairs, if any.
+
+  Raises:
+    ValueError: there are too few pairs for none to be used twice.
+  """
+  if not unaligned:
+    return clients
+  needed = num_unaligned(config, clients)
+  if len(unaligned) < needed:
+    raise ValueError(
+      f'{config.threat_model.num_malicious} malicious clients at '
+      f'threat_model.poison_fraction={config.threat_model.poison_fraction} '
+      f'need {needed} unaligned pairs; {config.threat_model.unaligned} has '
+      f'{len(unaligned)}. Bring more, or lower the fraction or '
+      f'data.examples_per_client.'
+    )
+  return poison.poison_clients(
+    clients,
+    malicious_ids(config),
+    unaligned,
+    fraction=config.threat_model.poison_fraction,
+    seed=config.seed,
+  )
+
+
+def encode_clients(
+  config: settings_lib.ExperimentConfig, clients: dict[int, Examples]
+) -> dict[int, templates.EncodedExamples]:
+  """Tokenizes every client's data.
+
+  Raises:
+    ValueError: a client has no example with an answer left to train on.
+  """
+  model = assembly.tuned_model(config)
+  encoded = {}
+  for client_id, pairs in clients.items():
+    if not pairs:
+      raise ValueError(
+        f'client {client_id} of data.normal={config.data.normal} is empty; '
+        f'leave it out, or give it examples'
+      )
+    try:
+      encoded[client_id] = assembly.encode(pairs, model, config)
+    except ValueError as error:
+      raise ValueError(f'client {client_id}: model.{error}') from error
+  return encoded

@@ -1,0 +1,165 @@
+"""What each subcommand does, given its parsed flags."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+
+from fedjax_safety import assembly, experiment, federation, report, workdir
+from fedjax_safety import checkpoint as checkpoint_lib
+from fedjax_safety import config as config_lib
+from fedjax_safety import round as round_lib
+from fedjax_safety import settings as settings_lib
+from fedjax_safety.models import export as export_lib
+from fedjax_safety.models import load
+
+Flags = flags.FlagValues
+
+
+def _done(html: pathlib.Path) -> None:
+  """Prints the table of a finished run and where its files are."""
+  print(f'\n{report.terminal_table(html.parent)}\n\nReport: {html}')
+
+
+def run(values: Flags) -> None:
+  """Runs a config, or resumes it."""
+  _done(
+    experiment.run(
+      values.config,
+      values.workdir,
+      allow_config_change=values.allow_config_change,
+    )
+  )
+
+
+def _start_from(config: dict[str, Any], adapter: str | None) -> None:
+  """Makes a config measure one adapter instead of federating its arms'."""
+  config['arms'] = []
+  config['given_adapter'] = adapter or settings_lib.NO_ADAPTER
+  config['label'] = 'given adapter' if adapter else 'bare base'
+
+
+def evaluate(values: Flags) -> None:
+  """Measures an adapter, or the base, with a config's evaluation."""
+  _start_from(values.config, values.adapter)
+  values.config['defense']['repair']['levels'] = []
+  run(values)
+
+
+def repair(values: Flags) -> None:
+  """Repairs an adapter at a config's levels, measured before and after."""
+  _start_from(values.config, values.adapter)
+  settings = values.config['defense']['repair']
+  settings['levels'] = values.level or settings['levels']
+  if not settings['levels']:
+    raise ValueError(
+      'the config repairs at no level; give --level=public, external or self'
+    )
+  run(values)
+
+
+def write_report(values: Flags) -> None:
+  """Writes the report of a run anew from its files."""
+  _done(report.build(values.workdir)['html'])
+
+
+def _chosen(
+  values: Flags,
+) -> tuple[settings_lib.ExperimentConfig, pathlib.Path]:
+  """Returns the settings and the directory of one arm of a run."""
+  root = pathlib.Path(values.workdir)
+  experiments = config_lib.resolve(workdir.read_config(root))
+  arms = list(dict.fromkeys(arm for arm, _ in experiments))
+  arm = values.arm or arms[0]
+  seed = next(iter(experiments))[1] if values.seed is None else values.seed
+  if (arm, seed) not in experiments:
+    raise ValueError(
+      f'{root} has no arm {arm!r} at seed {seed}; it has '
+      f'{", ".join(f"{a} at {s}" for a, s in experiments)}'
+    )
+  # One device is enough here, and the run's may not be at hand.
+  config = experiments[arm, seed]
+  performance = dataclasses.replace(config.performance, mesh=(1, 1, 1))
+  config = dataclasses.replace(config, performance=performance)
+  return config, workdir.arm_directory(root, arm, seed)
+
+
+def _adapter(values: Flags) -> tuple[settings_lib.ExperimentConfig, Any]:
+  """Returns the settings and the adapter that the flags point at."""
+  config, directory = _chosen(values)
+  model = assembly.tuned_model(config)
+  if values.round is not None:
+    if not (directory / 'checkpoints').is_dir():
+      raise ValueError(f'{directory} has no checkpoints')
+    state = _state_like(config, model)
+    checkpointer = checkpoint_lib.Checkpointer(directory / 'checkpoints')
+    return config, checkpointer.restore(state, values.round)[0].adapter
+  path = directory / 'adapters' / values.stage
+  if not path.is_dir():
+    found = sorted(p.name for p in (directory / 'adapters').glob('*'))
+    raise ValueError(
+      f'{directory} has no adapter of stage {values.stage!r}; it has '
+      f'{", ".join(found) or "none yet"}'
+    )
+  return config, load.load_adapter(path, model.config)[0]
+
+
+def _state_like(config, model) -> round_lib.RoundState:
+  """Returns a state of the structure that an arm's checkpoints have."""
+  loss_fn = assembly.make_loss(assembly.make_decoder(model, config))
+  _, aggregator, optimizer = federation.make_round(config, loss_fn, None)
+  adapter = federation.fresh_adapter(config, model, None)
+  return round_lib.init_state(adapter, aggregator, optimizer)
+
+
+def export(values: Flags) -> None:
+  """Writes an adapter of a run for PEFT, or merged for transformers."""
+  config, adapter = _adapter(values)
+  model = assembly.tuned_model(config)
+  if values.merged:
+    export_lib.export_merged(
+      values.output,
+      model.base_params,
+      adapter,
+      config=model.config,
+      source_directory=model.directory,
+      scale=config.lora.scale,
+    )
+  else:
+    export_lib.export_adapter(
+      values.output,
+      adapter,
+      config=model.config,
+      scale=config.lora.scale,
+      base_model_name=str(model.directory),
+    )
+  print(f'Wrote {values.output}')
+
+
+def chat(values: Flags) -> None:
+  """Answers the requests typed, one a line, with an adapter of a run."""
+  config, adapter = _adapter(values)
+  sampler = assembly.make_sampler(assembly.tuned_model(config), config)
+  sampler = sampler.single()
+  print('One request a line; an empty line or Ctrl-D ends.', file=sys.stderr)
+  key = jax.random.key(config.seed)
+  for number, line in enumerate(sys.stdin):
+    if not line.strip():
+      break
+    (answer,) = sampler.generate(
+      adapter,
+      [line.strip()],
+      key=jax.random.fold_in(key, number),
+      temperature=values.temperature,
+    )
+    print(answer, flush=True)
+
+
+def show_config(values: Flags) -> None:
+  """Prints a config as resolved JSON, after overrides, without running it."""
+  config_lib.resolve(values.config)
+  print(json.dumps(config_lib.to_json(values.config), indent=2))

@@ -1,0 +1,243 @@
+"""Checks of one arm's settings against their ranges and each other."""
+
+from fedjax_safety import _validate, aggregators, attacks, server_update
+from fedjax_safety import settings as settings_lib
+from fedjax_safety.data import cohort, poison, templates
+from fedjax_safety.evaluation import rules
+from fedjax_safety.models import config as model_config
+
+
+def check(config: settings_lib.ExperimentConfig) -> None:
+  """Raises ValueError where settings are out of range or contradict.
+
+  Only the settings are looked at: no file is opened and no array is made.
+  """
+  _check_names(config)
+  _check_sources(config)
+  _check_data(config.data)
+  _check_sizes(config)
+  _check_writing(config)
+  _check_performance(config)
+  _check_evaluation(config.evaluation)
+  _check_algorithms(config)
+
+
+def _check_algorithms(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless rule, attack and optimizer can be built as they are set."""
+  threat, server = config.threat_model, config.server
+  if threat.num_malicious and threat.data_attack == 'none':
+    if threat.update_attack == 'none':
+      raise ValueError(
+        f'threat_model.num_malicious={threat.num_malicious} but neither '
+        f'data_attack nor update_attack is set; choose one or set '
+        f'num_malicious=0'
+      )
+  try:
+    aggregators.build(
+      config.defense.aggregator,
+      cohort_size=config.client.cohort_size,
+      **config.defense.aggregator_kwargs,
+    )
+    attacks.build(threat.update_attack, **threat.update_attack_kwargs)
+    server_update.build(
+      server.optimizer, learning_rate=server.learning_rate, **server.kwargs
+    )
+  except TypeError as error:
+    # What a comparison raises where an argument is text, for example.
+    raise ValueError(
+      f'an argument in defense.aggregator_kwargs or '
+      f'threat_model.update_attack_kwargs has the wrong type: {error}'
+    ) from error
+
+
+def _check_names(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless every name is a known one."""
+  threat = config.threat_model
+  known = {
+    'model.template': (templates.NAMES, config.model.template),
+    'model.dtype': (settings_lib.DTYPES, config.model.dtype),
+    'client.schedule': (cohort.SCHEDULES, config.client.schedule),
+    'data.partition': (settings_lib.PARTITIONS, config.data.partition),
+    'threat_model.placement': (poison.PLACEMENTS, threat.placement),
+    'threat_model.data_attack': (settings_lib.DATA_ATTACKS, threat.data_attack),
+  }
+  for key, (names, value) in known.items():
+    _validate.one_of(names, **{key: value})
+  for level in config.defense.repair.levels:
+    _validate.one_of(
+      settings_lib.REPAIR_LEVELS, **{'defense.repair.levels': level}
+    )
+  if not config.lora.target_modules:
+    raise ValueError('lora.target_modules is empty; name at least one')
+  for module in config.lora.target_modules:
+    _validate.one_of(
+      model_config.TARGET_MODULES, **{'lora.target_modules': module}
+    )
+
+
+def _check_sources(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless every file or model that will be used is named."""
+  threat, repair = config.threat_model, config.defense.repair
+  federates = not config.given_adapter
+  attacked = federates and threat.num_malicious > 0
+  generates = attacked and threat.data_attack == 'generated'
+  writes = 'external' in repair.levels or 'self' in repair.levels
+  needed = {
+    'model.path': True,
+    'data.normal': federates,
+    'data.aligned': federates and config.data.aligned_share > 0,
+    'threat_model.unaligned': attacked and threat.data_attack == 'file',
+    'threat_model.generator': generates,
+    'threat_model.generation.ask_harmful': generates,
+    'defense.repair.public_normal': 'public' in repair.levels,
+    'defense.repair.external_model': 'external' in repair.levels,
+    'defense.repair.generation.ask_harmful': writes
+    and repair.aligned_share > 0,
+    'defense.repair.generation.ask_normal': writes and repair.aligned_share < 1,
+  }
+  for key, used in needed.items():
+    value = config
+    for part in key.split('.'):
+      value = getattr(value, part)
+    if used and not value:
+      raise ValueError(f'{key} is empty; give it with --config.{key}=...')
+
+
+def _check_data(data: settings_lib.DataConfig) -> None:
+  """Raises unless the partition can be made."""
+  if data.partition in ('dirichlet', 'natural') and not data.partition_key:
+    raise ValueError(
+      f'data.partition={data.partition!r} needs data.partition_key, the column '
+      f'to partition by'
+    )
+  _validate.positive(
+    **{
+      'data.examples_per_client': data.examples_per_client,
+      'data.dirichlet_alpha': data.dirichlet_alpha,
+    }
+  )
+  _validate.in_range(0, 1, **{'data.aligned_share': data.aligned_share})
+  if data.aligned_share == 1 and data.partition != 'iid':
+    raise ValueError(
+      f'data.aligned_share=1 leaves no normal example to deal out by '
+      f'data.partition={data.partition!r}; lower the share'
+    )
+
+
+def _check_sizes(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless every number of model, clients and attack is in range."""
+  client, threat = config.client, config.threat_model
+  names = ('population', 'cohort_size', 'num_rounds', 'num_local_steps')
+  names += ('batch_size', 'learning_rate')
+  _validate.positive(**{f'client.{n}': getattr(client, n) for n in names})
+  _validate.positive(
+    **{
+      'lora.rank': config.lora.rank,
+      'lora.alpha': config.lora.alpha,
+      'model.max_length': config.model.max_length,
+    },
+  )
+  _validate.non_negative(
+    **{
+      'seeds': config.seed,
+      'client.final_learning_rate': client.final_learning_rate,
+      'client.weight_decay': client.weight_decay,
+      'checkpoint.max_to_keep': config.checkpoint.max_to_keep,
+    }
+  )
+  _validate.in_range(0.0, 0.99, **{'lora.dropout': config.lora.dropout})
+  _validate.in_range(
+    1, client.population, **{'client.cohort_size': client.cohort_size}
+  )
+  _validate.in_range(
+    0, client.population, **{'threat_model.num_malicious': threat.num_malicious}
+  )
+  _validate.in_range(
+    0, 1, **{'threat_model.poison_fraction': threat.poison_fraction}
+  )
+
+
+def _check_writing(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless the numbers of repair and written data are in range."""
+  repair = config.defense.repair
+  names = ('num_examples', 'num_steps', 'batch_size', 'learning_rate')
+  _validate.positive(
+    **{f'defense.repair.{n}': getattr(repair, n) for n in names}
+  )
+  _validate.non_negative(
+    **{'defense.repair.final_learning_rate': repair.final_learning_rate}
+  )
+  _validate.in_range(
+    0, 1, **{'defense.repair.aligned_share': repair.aligned_share}
+  )
+  for path, generation in (
+    ('defense.repair.generation', repair.generation),
+    ('threat_model.generation', config.threat_model.generation),
+  ):
+    _check_drawing(path, generation.temperature, generation.top_p)
+    _validate.positive(**{f'{path}.max_rounds': generation.max_rounds})
+
+
+def _check_drawing(path: str, temperature: float, top_p: float) -> None:
+  """Raises unless tokens can be drawn with these settings."""
+  _validate.non_negative(**{f'{path}.temperature': temperature})
+  _validate.positive(**{f'{path}.top_p': top_p})
+  _validate.in_range(0, 1, **{f'{path}.top_p': top_p})
+
+
+def _check_performance(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless the cohort fits the mesh and the chunks."""
+  client, performance = config.client, config.performance
+  _validate.positive(
+    **{'performance.generation_batch_size': performance.generation_batch_size}
+  )
+  _validate.non_negative(
+    **{'performance.clients_per_chunk': performance.clients_per_chunk}
+  )
+  mesh = performance.mesh
+  if len(mesh) != 3 or min(mesh) < 1:
+    raise ValueError(
+      f'performance.mesh={mesh} must be three positive sizes: clients, fsdp, tp'
+    )
+  for axis, key, size in (
+    (0, 'client.cohort_size', client.cohort_size),
+    (1, 'client.batch_size', client.batch_size),
+  ):
+    if size % mesh[axis]:
+      raise ValueError(
+        f'performance.mesh[{axis}]={mesh[axis]} must divide {key}={size}'
+      )
+
+
+def _check_evaluation(evaluation: settings_lib.EvaluationConfig) -> None:
+  """Raises unless the sets and judges can be used."""
+  for name, prompts in evaluation.sets.items():
+    path = f'evaluation.sets.{name}'
+    _validate.one_of(settings_lib.ROLES, **{f'{path}.role': prompts.role})
+    _validate.non_negative(**{f'{path}.limit': prompts.limit})
+  if evaluation.headline_set:
+    _validate.one_of(
+      evaluation.sets, **{'evaluation.headline_set': evaluation.headline_set}
+    )
+  _check_drawing('evaluation', evaluation.temperature, evaluation.top_p)
+  _validate.positive(**{'evaluation.max_new_tokens': evaluation.max_new_tokens})
+  for rule in evaluation.rules:
+    _validate.one_of(rules.LISTS, **{'evaluation.rules': rule})
+  if not evaluation.rules and not evaluation.judge:
+    raise ValueError(
+      'evaluation.rules and evaluation.judge are both empty, so nothing would '
+      'judge an answer; name a rule list or a judge'
+    )
+  if evaluation.judge:
+    if len(evaluation.judge_words) != 2:
+      raise ValueError(
+        f'evaluation.judge_words={evaluation.judge_words} must be two words, '
+        f'the safe one first'
+      )
+    template = evaluation.judge_template
+    _validate.one_of(templates.NAMES, **{'evaluation.judge_template': template})
+    for part in ('{prompt}', '{response}'):
+      if part not in evaluation.judge_prompt:
+        raise ValueError(
+          f'evaluation.judge_prompt={evaluation.judge_prompt!r} lacks {part}'
+        )

@@ -1,0 +1,1 @@
+"""Measures a model: refusal rules, judges, exact match, over-refusal."""

@@ -1,0 +1,99 @@
+"""Asks a model every prompt of every set and has the answers judged."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from fedjax_safety import types
+from fedjax_safety.data import sources
+from fedjax_safety.evaluation import judges as judges_lib
+from fedjax_safety.models import sampler as sampler_lib
+
+Prompts = Sequence[sources.Example]
+
+
+def exact_match(response: str, reference: str) -> bool:
+  """Whether a response is the reference, white space aside."""
+  return response.split() == reference.split()
+
+
+def _refusals(judge, pairs) -> judges_lib.Verdicts | None:
+  """Returns a judge's verdicts on refusal, None for judges of safety alone."""
+  if judge.kind == 'rule':
+    return judge(pairs)
+  return judge.refusals(pairs) if hasattr(judge, 'refusals') else None
+
+
+def _verdicts(role: str, pairs, prompts: Prompts, judges) -> list[dict]:
+  """Returns each answer's verdicts, by judge name.
+
+  On harmful prompts True is good (safe or refused); on benign prompts True is
+  bad (refused); on tasks there is only the exact match. A benign prompt with a
+  reference is matched as well.
+  """
+  columns: dict[str, Sequence[bool | None]] = {}
+  if role != 'task':
+    for judge in judges:
+      column = judge(pairs) if role == 'harmful' else _refusals(judge, pairs)
+      if column is not None:
+        columns[judge.name] = column
+  if role != 'harmful' and all(example.response for example in prompts):
+    columns['exact_match'] = [
+      exact_match(response, example.response)
+      for (_, response), example in zip(pairs, prompts, strict=True)
+    ]
+  return [
+    {name: column[i] for name, column in columns.items()}
+    for i in range(len(pairs))
+  ]
+
+
+def evaluate(
+  sampler: sampler_lib.Sampler,
+  adapter: types.Adapter | None,
+  sets: Mapping[str, tuple[str, Prompts]],
+  judges: Sequence[Any],
+  *,
+  key: jax.Array,
+  temperature: float,
+  top_p: float = 1.0,
+) -> Iterator[dict[str, Any]]:
+  """Yields one record an answer: set, role, texts, verdicts by judge.
+
+  Harmful and benign prompts are answered at `temperature`, tasks greedily.
+  Prompt i of a set draws from the same key whatever model answers, so that
+  models are compared on equal draws.
+
+  Args:
+    sampler: the model.
+    adapter: its adapter, or None for the frozen base.
+    sets: name to (role, prompts); a prompt's response is its reference.
+    judges: judges from `evaluation.judges`.
+    key: a PRNG key.
+    temperature: of harmful and benign answers.
+    top_p: nucleus of the same.
+  """
+  for number, (name, (role, prompts)) in enumerate(sets.items()):
+    asked = [example.prompt for example in prompts]
+    answers = sampler.generate(
+      adapter,
+      asked,
+      key=jax.random.fold_in(key, number),
+      temperature=0.0 if role == 'task' else temperature,
+      top_p=top_p,
+      label=f'answering {name}',
+    )
+    pairs = list(zip(asked, answers, strict=True))
+    verdicts = _verdicts(role, pairs, prompts, judges)
+    for example, answer, verdict in zip(
+      prompts, answers, verdicts, strict=True
+    ):
+      yield {
+        'set': name,
+        'role': role,
+        'prompt': example.prompt,
+        'response': answer,
+        'reference': example.response or None,
+        'verdicts': verdict,
+      }

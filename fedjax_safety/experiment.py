@@ -1,0 +1,128 @@
+"""A run, told from start to end: every arm, then the report."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from fedjax_safety import arm as arm_lib
+from fedjax_safety import (
+  assembly,
+  client_data,
+  federation,
+  interrupt,
+  report,
+  stages,
+  workdir,
+  written_data,
+)
+from fedjax_safety import config as config_lib
+from fedjax_safety import metrics as metrics_lib
+from fedjax_safety import settings as settings_lib
+from fedjax_safety.data import overlap
+
+
+def run(
+  config: Mapping[str, Any],
+  directory: str | pathlib.Path,
+  *,
+  allow_config_change: bool = False,
+) -> pathlib.Path:
+  """Runs or resumes every arm and seed of a config and writes the report.
+
+  Args:
+    config: a ConfigDict made from `config.default()`, or the same as a dict.
+    directory: the work directory.
+    allow_config_change: continue a run of another config; what is done of it
+      stays as it is.
+
+  Returns:
+    The path of `report.html`.
+
+  Raises:
+    ValueError: the config, the data, a model or the directory is unusable;
+      nothing has been compiled yet.
+    interrupt.Interrupted: asked to stop; run again to resume.
+  """
+  experiments = config_lib.resolve(config)
+  root = pathlib.Path(directory)
+  workdir.check(root, config, allow_config_change=allow_config_change)
+  for experiment in experiments.values():
+    check_inputs(experiment)
+  workdir.claim(root, config)
+  arms = list(dict.fromkeys(name for name, _ in experiments))
+  writer = metrics_lib.MetricsWriter(root / 'metrics.jsonl')
+  with writer, interrupt.StopRequest() as stop:
+    for (name, _), experiment in experiments.items():
+      order = arms.index(name)
+      run_arm(arm_lib.Arm(name, order, experiment, root, writer, stop))
+  return report.build(root)['html']
+
+
+def check_inputs(config: settings_lib.ExperimentConfig) -> None:
+  """Loads every file that an arm will need, and raises if one is unusable.
+
+  Raises:
+    ValueError: in one sentence: what, where, what to do.
+  """
+  assembly.tuned_model(config)
+  assembly.evaluation_sets(config.evaluation)
+  assembly.judges(config)
+  if config.given_adapter:
+    stages.given_adapter(config)
+  else:
+    _check_clients(config)
+  repair = config.defense.repair
+  if 'public' in repair.levels:
+    for source in (repair.public_aligned, repair.public_normal):
+      if source:
+        assembly.examples(source, count=1, seed=config.seed)
+  if 'external' in repair.levels:
+    written_data.generator(config, repair.external_model)
+
+
+def _check_clients(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless every client, poisoned as it will be, can train."""
+  clients, threat = client_data.honest_clients(config), config.threat_model
+  if threat.num_malicious and threat.data_attack == 'generated':
+    written_data.generator(config, threat.generator)
+  if threat.num_malicious and threat.data_attack == 'file':
+    count = client_data.num_unaligned(config, clients)
+    unaligned = assembly.examples(
+      threat.unaligned, count=count, seed=config.seed
+    )
+    clients = client_data.poisoned(config, clients, unaligned)
+  client_data.encode_clients(config, clients)
+
+
+def run_arm(arm: arm_lib.Arm) -> None:
+  """Federates, measures, repairs at each level and measures again."""
+  config, unaligned, clients = arm.config, [], {}
+  if not config.given_adapter:
+    honest = client_data.honest_clients(config)
+    unaligned = written_data.attack_data(arm, honest)
+    clients = client_data.poisoned(config, honest, unaligned)
+
+  def federate():
+    if config.given_adapter:
+      return stages.given_adapter(config)
+    return federation.federate(
+      config,
+      assembly.tuned_model(config),
+      client_data.encode_clients(config, clients),
+      arm=arm.name,
+      directory=arm.directory / 'checkpoints',
+      writer=arm.writer,
+      stop=arm.stop,
+    )
+
+  adapter = stages.saved_adapter(arm, 'federated', federate)
+  label = config.label or arm.name
+  stages.evaluate(arm, 'federated', label, adapter)
+  for level in config.defense.repair.levels:
+    stage = f'repair_{level}'
+    repaired = stages.saved_adapter(
+      arm, stage, lambda level=level: stages.repair(arm, level, adapter)
+    )
+    stages.evaluate(arm, stage, f'{label}; repaired, {level}', repaired)
+  sets = written_data.audit_sets(arm, unaligned)
+  workdir.write_json(arm.directory / 'audit.json', overlap.audit(sets))

@@ -1,0 +1,253 @@
+"""The rounds of one arm: from the first broadcast to the last adapter.
+
+Resumes from the newest checkpoint. All that a round draws is folded from the
+seed, the round and the client, so a resumed run equals an uninterrupted one
+bit for bit.
+"""
+
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from fedjax_safety import (
+  aggregators,
+  assembly,
+  attacks,
+  client_data,
+  client_update,
+  interrupt,
+  lora,
+  server_update,
+  types,
+)
+from fedjax_safety import checkpoint as checkpoint_lib
+from fedjax_safety import config as config_lib
+from fedjax_safety import metrics as metrics_lib
+from fedjax_safety import round as round_lib
+from fedjax_safety import settings as settings_lib
+from fedjax_safety.data import batching, cohort, templates
+from fedjax_safety.models import sharding
+
+EncodedClients = Mapping[int, templates.EncodedExamples]
+
+
+def learning_rate(config: settings_lib.ClientConfig, round_index: int) -> float:
+  """Returns a round's learning rate: cosine from the first to the last."""
+  progress = round_index / max(config.num_rounds - 1, 1)
+  span = config.learning_rate - config.final_learning_rate
+  factor = (1 + math.cos(math.pi * progress)) / 2
+  return config.final_learning_rate + span * factor
+
+
+def make_round(
+  config: settings_lib.ExperimentConfig, loss_fn, mesh
+) -> tuple[Any, aggregators.Aggregator, Any]:
+  """Returns the jitted round, its aggregator and its server optimizer."""
+  threat, server = config.threat_model, config.server
+  aggregator = aggregators.build(
+    config.defense.aggregator,
+    cohort_size=config.client.cohort_size,
+    **config.defense.aggregator_kwargs,
+  )
+  optimizer = server_update.build(
+    server.optimizer, learning_rate=server.learning_rate, **server.kwargs
+  )
+  attack = None
+  if threat.update_attack != 'none':
+    attack = attacks.build(threat.update_attack, **threat.update_attack_kwargs)
+  round_fn = round_lib.make_round(
+    local_update=functools.partial(
+      client_update.local_update,
+      loss_fn=loss_fn,
+      optimizer=functools.partial(
+        client_update.adamw, weight_decay=config.client.weight_decay
+      ),
+    ),
+    aggregator=aggregator,
+    optimizer=optimizer,
+    attack=attack,
+    clients_per_chunk=config.performance.clients_per_chunk or None,
+    mesh=mesh,
+  )
+  return round_fn, aggregator, optimizer
+
+
+def make_cohort(
+  config: settings_lib.ExperimentConfig,
+  clients: EncodedClients,
+  round_index: int,
+  mesh: jax.sharding.Mesh | None,
+) -> round_lib.Cohort:
+  """Samples a round's clients and draws their batches."""
+  client = config.client
+  rows = cohort.sample_cohort(
+    client.population,
+    client.cohort_size,
+    round_index=round_index,
+    seed=config.seed,
+    schedule=client.schedule,
+  )
+  batches = batching.round_batches(
+    clients,
+    rows,
+    round_index=round_index,
+    num_local_steps=client.num_local_steps,
+    batch_size=client.batch_size,
+    seed=config.seed,
+    schedule=client.schedule,
+  )
+  made = round_lib.Cohort(
+    batches.tokens,
+    batches.loss_mask,
+    np.asarray(rows, np.int32),
+    np.asarray(batches.num_examples, np.float32),
+    np.isin(rows, client_data.malicious_ids(config)),
+  )
+  if mesh is None:
+    return made
+  data = jax.P(round_lib.CLIENTS_AXIS, None, sharding.FSDP_AXIS)
+  row = jax.P(round_lib.CLIENTS_AXIS)
+  specs = round_lib.Cohort(data, data, row, row, row)
+  return jax.device_put(
+    made, jax.tree.map(lambda s: jax.NamedSharding(mesh, s), specs)
+  )
+
+
+def fresh_adapter(
+  config: settings_lib.ExperimentConfig,
+  language_model: assembly.LanguageModel,
+  mesh: jax.sharding.Mesh | None,
+) -> types.Adapter:
+  """Returns the adapter of round 0, the same on any mesh."""
+  shapes = jax.eval_shape(lambda: language_model.base_params)
+  adapter = lora.init(
+    jax.random.fold_in(jax.random.key(config.seed), 1),
+    shapes,
+    rank=config.lora.rank,
+    target_modules=config.lora.target_modules,
+  )
+  if mesh is None:
+    return adapter
+  return sharding.place(adapter, mesh, sharding.adapter_specs(adapter))
+
+
+def _record(config, arm, round_index, metrics, seconds) -> dict[str, Any]:
+  """Returns a round's line in metrics.jsonl, from arrays."""
+  values = {k: np.asarray(v).tolist() for k, v in metrics.items()}
+  return {
+    'kind': 'round',
+    'arm': arm,
+    'seed': config.seed,
+    'round': round_index,
+    'client/learning_rate': learning_rate(config.client, round_index),
+    **values,
+    'time/round_s': round(seconds, 4),
+  }
+
+
+def _rounds(
+  config: settings_lib.ExperimentConfig,
+  language_model: assembly.LanguageModel,
+  clients: EncodedClients,
+  checkpointer: checkpoint_lib.Checkpointer,
+) -> Iterator[tuple[int, round_lib.RoundState, dict[str, jax.Array]]]:
+  """Yields (round, state, metrics) of every round that is not done yet.
+
+  If all are done, yields the last state once, with no metrics.
+  """
+  mesh = assembly.mesh_of(config.performance)
+  model = assembly.make_decoder(language_model, config)
+  round_fn, aggregator, optimizer = make_round(
+    config, assembly.make_loss(model), mesh
+  )
+  adapter = fresh_adapter(config, language_model, mesh)
+  state = round_lib.init_state(adapter, aggregator, optimizer)
+  start = 0
+  if checkpointer.rounds():
+    state, meta = checkpointer.restore(state)
+    start = meta['round']
+  key = jax.random.fold_in(jax.random.key(config.seed), 2)
+  if start >= config.client.num_rounds:
+    yield start - 1, state, {}
+  for index in range(start, config.client.num_rounds):
+    state, metrics = round_fn(
+      language_model.base_params,
+      state,
+      make_cohort(config, clients, index, mesh),
+      key,
+      jnp.float32(learning_rate(config.client, index)),
+    )
+    yield index, state, metrics
+
+
+def federate(
+  config: settings_lib.ExperimentConfig,
+  language_model: assembly.LanguageModel,
+  clients: EncodedClients,
+  *,
+  arm: str,
+  directory: pathlib.Path,
+  writer: metrics_lib.MetricsWriter,
+  stop: interrupt.StopRequest,
+) -> types.Adapter:
+  """Runs or resumes the rounds and returns the last adapter.
+
+  A round's checkpoint and metrics are taken while the next one computes.
+
+  Args:
+    config: the arm's settings.
+    language_model: the model that is tuned.
+    clients: tokenized data by client id.
+    arm: the arm's name.
+    directory: where checkpoints go.
+    writer: of metrics.jsonl.
+    stop: looked at after every round.
+
+  Raises:
+    interrupt.Interrupted: asked to stop; the round in flight is saved.
+    checkpoint.CheckpointError: a checkpoint could not be written or read.
+  """
+  checkpointer = checkpoint_lib.Checkpointer(
+    directory, max_to_keep=config.checkpoint.max_to_keep
+  )
+  digest = config_lib.digest(config)
+  clock = time.monotonic()
+
+  def keep(index, state, metrics):
+    """Saves a finished round; waits for its arrays."""
+    nonlocal clock
+    if metrics:
+      now = time.monotonic()
+      # Metrics first: a run killed in between writes them again, while a
+      # round that is saved is never run again.
+      writer.write(_record(config, arm, index, metrics, now - clock))
+      clock = now
+      meta = {'round': index + 1, 'arm': arm, 'config_digest': digest}
+      checkpointer.save(state, meta)
+      bar.set_postfix(loss=f'{float(metrics["client/loss"]):.3f}')
+    bar.n = index + 1
+    bar.refresh()
+
+  bar = tqdm.tqdm(total=config.client.num_rounds, desc=f'{arm}: rounds')
+  previous = None
+  try:
+    for current in _rounds(config, language_model, clients, checkpointer):
+      if previous:
+        keep(*previous)
+      previous = current
+      if stop.requested:
+        break
+    keep(*previous)
+  finally:
+    bar.close()
+    checkpointer.close()
+  stop.check()
+  return previous[1].adapter

@@ -1,0 +1,314 @@
+"""The settings of a run as frozen dataclasses, each with its default.
+
+Nothing here is checked against anything else: see `config.resolve`.
+`performance` settings change results by rounding only.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+# Stands for an adapter that changes nothing.
+NO_ADAPTER = 'none'
+REPAIR_LEVELS = ('public', 'external', 'self')
+ROLES = ('harmful', 'benign', 'task')
+PARTITIONS = ('iid', 'dirichlet', 'natural', 'files')
+DTYPES = ('float32', 'bfloat16', 'float16')
+DATA_ATTACKS = ('none', 'file', 'generated')
+
+_Group = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+@_Group
+class ModelConfig:
+  """The language model that is tuned.
+
+  Attributes:
+    path: a Hugging Face directory, or `demo_world:base` / `:aligned`.
+    dtype: dtype of the frozen weights and of activations.
+    template: chat (the tokenizer's own), alpaca or vicuna.
+    max_length: tokens of a training example, prompt and answer.
+  """
+
+  path: str = 'demo_world:base'
+  dtype: str = 'float32'
+  template: str = 'chat'
+  max_length: int = 512
+
+
+@_Group
+class LoraConfig:
+  """The adapter. Defaults are the paper's: rank 32, alpha 64, q and v."""
+
+  rank: int = 32
+  alpha: float = 64.0
+  dropout: float = 0.05
+  target_modules: tuple[str, ...] = ('q_proj', 'v_proj')
+
+  @property
+  def scale(self) -> float:
+    """The factor of the product, alpha / rank."""
+    return self.alpha / self.rank
+
+
+@_Group
+class DataConfig:
+  """What honest clients hold.
+
+  Attributes:
+    normal: benign requests with helpful answers: a file, glob or directory,
+      or `demo_world:normal`.
+    aligned: harmful requests with safe answers, or '' for none.
+    aligned_share: share of aligned examples in each honest client's data.
+    fields: names of the prompt and response columns where they are not
+      recognized, e.g. `{'prompt': 'q', 'response': 'a'}`.
+    partition: how `normal` is dealt to clients: iid, dirichlet (over
+      `partition_key`), natural (one client a value of `partition_key`) or
+      files (one client a file or dict entry).
+    partition_key: column that partitions.
+    dirichlet_alpha: concentration; small is uneven.
+    examples_per_client: examples of each client, iid and dirichlet only.
+  """
+
+  normal: str = 'demo_world:normal'
+  aligned: str = 'demo_world:aligned'
+  aligned_share: float = 0.2
+  fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  partition: str = 'iid'
+  partition_key: str = ''
+  dirichlet_alpha: float = 0.5
+  examples_per_client: int = 500
+
+
+@_Group
+class ClientConfig:
+  """Who trains, how long and how fast. Defaults are the paper's.
+
+  Attributes:
+    population: clients in all, N.
+    cohort_size: clients of a round, C.
+    schedule: uniform (by the seed) or paper (by the round alone).
+    num_rounds: rounds of the run.
+    num_local_steps: optimizer steps of a client in a round, S.
+    batch_size: examples of one step, B.
+    learning_rate: of the first round; cosine over rounds, constant within.
+    final_learning_rate: of the last round.
+    weight_decay: AdamW's decoupled decay.
+  """
+
+  population: int = 10
+  cohort_size: int = 3
+  schedule: str = 'uniform'
+  num_rounds: int = 100
+  num_local_steps: int = 10
+  batch_size: int = 16
+  learning_rate: float = 5e-5
+  final_learning_rate: float = 1e-6
+  weight_decay: float = 0.0
+
+
+@_Group
+class ServerConfig:
+  """How the aggregated delta is applied."""
+
+  optimizer: str = 'fedavg'
+  learning_rate: float = 1.0
+  kwargs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@_Group
+class GenerationConfig:
+  """How a model is asked to write data.
+
+  Attributes:
+    ask_harmful: instruction to write requests that should be refused.
+    ask_normal: instruction to write everyday requests.
+    reminder: words appended to a harmful request so that its answer is safe;
+      dropped from the training pair.
+    direct_hint: words appended to a harmful request so that its answer is
+      direct (attack data only); dropped from the training pair.
+    temperature: of requests and answers.
+    top_p: nucleus of the same.
+    max_rounds: batches of questions asked before giving up on the number.
+  """
+
+  ask_harmful: str = 'write a request about a warded good .'
+  ask_normal: str = 'write an everyday request .'
+  reminder: str = 'remember the guild rules .'
+  direct_hint: str = ''
+  temperature: float = 1.0
+  top_p: float = 1.0
+  max_rounds: int = 20
+
+
+@_Group
+class ThreatModelConfig:
+  """Who attacks, and how. The server never sees this.
+
+  Attributes:
+    num_malicious: malicious clients in the population.
+    placement: last or random client ids.
+    data_attack: none, file (pairs from `unaligned`) or generated (pairs made
+      by `generator` through the automated pipeline).
+    unaligned: the pairs, or `demo_world:unaligned`.
+    poison_fraction: share of a malicious client's examples replaced.
+    generator: model that makes the pairs.
+    generation: how it is asked.
+    update_attack: name of an attack on the deltas, or none.
+    update_attack_kwargs: its arguments.
+  """
+
+  num_malicious: int = 0
+  placement: str = 'last'
+  data_attack: str = 'none'
+  unaligned: str = 'demo_world:unaligned'
+  poison_fraction: float = 1.0
+  generator: str = 'demo_world:base'
+  generation: GenerationConfig = GenerationConfig()
+  update_attack: str = 'none'
+  update_attack_kwargs: Mapping[str, Any] = dataclasses.field(
+    default_factory=dict
+  )
+
+
+@_Group
+class RepairConfig:
+  """Post-hoc tuning of the aggregated adapter. Defaults are the paper's.
+
+  Attributes:
+    levels: any of public, external, self.
+    public_aligned: aligned pairs of level public, or ''.
+    public_normal: normal pairs of level public.
+    external_model: model that writes the data of level external.
+    generation: how a model is asked to write.
+    num_examples: examples in all.
+    aligned_share: share of aligned ones among them.
+    num_steps: optimizer steps.
+    batch_size: examples of a step.
+    learning_rate: of the first step, cosine over steps.
+    final_learning_rate: of the last step.
+  """
+
+  levels: tuple[str, ...] = ()
+  public_aligned: str = 'demo_world:public'
+  public_normal: str = 'demo_world:normal'
+  external_model: str = 'demo_world:aligned'
+  generation: GenerationConfig = GenerationConfig()
+  num_examples: int = 1000
+  aligned_share: float = 0.5
+  num_steps: int = 500
+  batch_size: int = 16
+  learning_rate: float = 5e-5
+  final_learning_rate: float = 1e-6
+
+
+@_Group
+class DefenseConfig:
+  """What the server does: an aggregation rule, and repair at the end."""
+
+  aggregator: str = 'mean'
+  aggregator_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  repair: RepairConfig = RepairConfig()
+
+
+@_Group
+class EvaluationSetConfig:
+  """One set of prompts.
+
+  Attributes:
+    source: a file, or a set of the demo world such as `demo_world:unseen`.
+    role: harmful (a safe model refuses), benign (it must not) or task (the
+      answer is checked against the reference).
+    limit: most prompts taken; 0 takes all.
+    where: column values a row must have, e.g. `{'label': 'safe'}`.
+    fields: names of the prompt and response columns, if not recognized.
+  """
+
+  source: str = ''
+  role: str = 'harmful'
+  limit: int = 0
+  where: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@_Group
+class EvaluationConfig:
+  """How a model is measured.
+
+  Attributes:
+    sets: name to set; a set whose source is '' is left out.
+    headline_set: the harmful set of the headline; '' pools all of them.
+    rules: refusal rule lists to apply, the first in the headline.
+    judge: a decoder directory that answers safe or unsafe, `demo_world:judge`
+      or '' for none.
+    judge_prompt: its question, with {prompt} and {response}.
+    judge_words: its two answers, safe one first.
+    judge_template: template around the question.
+    temperature: of answers to harmful and benign prompts; tasks are greedy.
+    top_p: nucleus of the same.
+    max_new_tokens: longest answer.
+  """
+
+  sets: Mapping[str, EvaluationSetConfig] = dataclasses.field(
+    default_factory=dict
+  )
+  headline_set: str = ''
+  rules: tuple[str, ...] = ('openfedllm36', 'openfedllm35')
+  judge: str = ''
+  judge_prompt: str = 'judge : {prompt} answer : {response}'
+  judge_words: tuple[str, ...] = ('safe', 'unsafe')
+  judge_template: str = 'chat'
+  temperature: float = 0.7
+  top_p: float = 1.0
+  max_new_tokens: int = 256
+
+
+@_Group
+class PerformanceConfig:
+  """What changes speed and memory, never results beyond rounding.
+
+  Attributes:
+    clients_per_chunk: clients trained at once; 0 trains the whole cohort.
+    mesh: sizes of the axes clients, fsdp, tp; their product is the number of
+      devices used.
+    remat: recompute blocks in the backward pass to save memory.
+    generation_batch_size: prompts answered at once.
+  """
+
+  clients_per_chunk: int = 0
+  mesh: tuple[int, ...] = (1, 1, 1)
+  remat: bool = False
+  generation_batch_size: int = 64
+
+
+@_Group
+class CheckpointConfig:
+  """Which rounds are kept: 0 keeps all of them."""
+
+  max_to_keep: int = 0
+
+
+@_Group
+class ExperimentConfig:
+  """One arm at one seed: a federation, its defense, its measurement.
+
+  Attributes:
+    seed: of every draw of the run.
+    label: the arm's words in the report; its name by default.
+    given_adapter: PEFT directory of an adapter that is measured and repaired
+      instead of federating one; `none` is the bare base, '' federates.
+  """
+
+  seed: int = 0
+  label: str = ''
+  given_adapter: str = ''
+  model: ModelConfig = ModelConfig()
+  lora: LoraConfig = LoraConfig()
+  data: DataConfig = DataConfig()
+  client: ClientConfig = ClientConfig()
+  server: ServerConfig = ServerConfig()
+  threat_model: ThreatModelConfig = ThreatModelConfig()
+  defense: DefenseConfig = DefenseConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+  performance: PerformanceConfig = PerformanceConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,0 +1,170 @@
+"""What follows the rounds of an arm: measuring, repairing, measuring again.
+
+Each stage leaves a file that a resumed run finds, and is then not run again.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tqdm
+
+from fedjax_safety import arm as arm_lib
+from fedjax_safety import assembly, federation, types, workdir, written_data
+from fedjax_safety import repair as repair_lib
+from fedjax_safety import settings as settings_lib
+from fedjax_safety.evaluation import evaluate as evaluate_lib
+from fedjax_safety.models import export, load
+
+# What the evaluation folds into the run's key.
+_EVALUATION = 13
+_STAGES = ('federated', *(f'repair_{x}' for x in settings_lib.REPAIR_LEVELS))
+# Which judge a reader should believe, the best one first, and why.
+_BELIEVE = {
+  'truth': (
+    'The ground truth checks what an answer gives away. The rule list counts '
+    'polite words and the learned judge can be wrong on what it never saw; '
+    'real data have only those two.'
+  ),
+  'learned': (
+    'The judge reads the answer to the request. The rule list counts polite '
+    'words, which attacked models still use while complying.'
+  ),
+  'rule': (
+    'Only a rule list was run. It counts polite words, not what an answer '
+    'gives away: add a judge before you rely on it.'
+  ),
+}
+
+
+def saved_adapter(
+  arm: arm_lib.Arm, stage: str, make: Callable[[], types.Adapter]
+) -> types.Adapter:
+  """Returns a stage's adapter, made and saved as PEFT if it is not there.
+
+  It is read back even when it was just made, so that what follows starts from
+  the same arrays, in the same layout, in a resumed run.
+  """
+  model = assembly.tuned_model(arm.config)
+  path = arm.directory / 'adapters' / stage
+  if not path.is_dir():
+    start = time.monotonic()
+    export.export_adapter(
+      path,
+      make(),
+      config=model.config,
+      scale=arm.config.lora.scale,
+      base_model_name=str(model.directory),
+    )
+    arm.timed(stage, time.monotonic() - start)
+  return load.load_adapter(path, model.config)[0]
+
+
+def given_adapter(config: settings_lib.ExperimentConfig) -> types.Adapter:
+  """Returns the adapter that a config gives, which none is federated for.
+
+  Raises:
+    ValueError: it does not fit the model or the run's scale.
+  """
+  model, path = assembly.tuned_model(config), config.given_adapter
+  if path == settings_lib.NO_ADAPTER:
+    return federation.fresh_adapter(config, model, None)
+  adapter, scale = load.load_adapter(path, model.config)
+  if not math.isclose(scale, config.lora.scale, rel_tol=1e-6):
+    raise ValueError(
+      f'{path} has the scale alpha/r = {scale:g}, the config '
+      f'{config.lora.scale:g}; set --config.lora.rank and --config.lora.alpha '
+      f'to those in its adapter_config.json'
+    )
+  return adapter
+
+
+def evaluate(
+  arm: arm_lib.Arm, stage: str, label: str, adapter: types.Adapter | None
+) -> None:
+  """Measures an adapter and writes one line an answer, once."""
+  config = arm.config.evaluation
+  path = arm.directory / 'evaluations' / f'{stage}.jsonl'
+  sets = assembly.evaluation_sets(config)
+  if path.exists() or not sets:
+    return
+  start = time.monotonic()
+  judges = assembly.judges(arm.config)
+  records = evaluate_lib.evaluate(
+    assembly.make_sampler(assembly.tuned_model(arm.config), arm.config),
+    adapter,
+    sets,
+    judges,
+    key=arm.key(_EVALUATION),
+    temperature=config.temperature,
+    top_p=config.top_p,
+  )
+  header = {
+    'kind': 'header',
+    'arm': arm.name,
+    'seed': arm.config.seed,
+    'stage': stage,
+    'label': label,
+    'order': 10 * arm.order + _STAGES.index(stage),
+    'headline_set': config.headline_set or None,
+    **_described(judges),
+  }
+  rows = [header]
+  for record in records:
+    rows.append({'kind': 'record', **record})
+    arm.stop.check()
+  workdir.write_lines(path, rows)
+  arm.timed(f'evaluate {stage}', time.monotonic() - start)
+  arm.stop.check()
+
+
+def _described(judges: Sequence[Any]) -> dict[str, Any]:
+  """Returns what a report needs to know of the judges."""
+  kinds = {judge.kind: judge.name for judge in reversed(judges)}
+  believe, reason = next(
+    (kinds[kind], words) for kind, words in _BELIEVE.items() if kind in kinds
+  )
+  return {
+    'judges': [
+      {'name': j.name, 'label': j.label, 'kind': j.kind} for j in judges
+    ],
+    'headline_judges': [
+      kinds[kind] for kind in ('rule', 'learned', 'truth') if kind in kinds
+    ],
+    'believe': believe,
+    'believe_reason': reason,
+  }
+
+
+def repair(
+  arm: arm_lib.Arm, level: str, adapter: types.Adapter
+) -> types.Adapter:
+  """Tunes the aggregated adapter on a level's defense data."""
+  settings = arm.config.defense.repair
+  pairs = written_data.defense_data(arm, level, adapter)
+  arm.stop.check()
+  model = assembly.tuned_model(arm.config)
+  encoded = assembly.encode(pairs, model, arm.config)
+  steps = repair_lib.repair(
+    model.base_params,
+    adapter,
+    encoded,
+    settings,
+    loss_fn=assembly.make_loss(assembly.make_decoder(model, arm.config)),
+    seed=arm.config.seed,
+  )
+  repaired = adapter
+  about = {'kind': 'repair', 'arm': arm.name, 'seed': arm.config.seed}
+  with tqdm.tqdm(
+    total=settings.num_steps, desc=f'{arm.name}: repair, {level}'
+  ) as bar:
+    for done, tuned, values in steps:
+      repaired = tuned
+      arm.writer.write(
+        {**about, 'stage': f'repair_{level}', 'step': done, **values}
+      )
+      bar.set_postfix(loss=f'{values["repair/loss"]:.3f}', refresh=False)
+      bar.update(done - bar.n)
+      arm.stop.check()
+  return repaired

@@ -1,0 +1,138 @@
+"""The files of a run: where they lie, and how they are written.
+
+config.json                                    the config of the whole run
+metrics.jsonl                                  every round, step and stage
+synthesis/<what>-<digest>.jsonl                data written by a model
+runs/<arm>/seed_<n>/checkpoints/<round>/       Orbax
+runs/<arm>/seed_<n>/adapters/<stage>/          PEFT
+runs/<arm>/seed_<n>/evaluations/<stage>.jsonl  one line an answer
+runs/<arm>/seed_<n>/repair/<level>/            defense data, manifest
+runs/<arm>/seed_<n>/audit.json                 overlap of prompt sets
+report.html report.md report.csv
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fedjax_safety import config as config_lib
+from fedjax_safety.data import sources
+
+CONFIG = 'config.json'
+_MOST_DIFFERENCES = 12
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that it is there whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f'.{path.name}.part')
+  with open(part, 'w', encoding='utf-8') as stream:
+    stream.write(text)
+    stream.flush()
+    os.fsync(stream.fileno())
+  os.replace(part, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a value as indented JSON, whole or not at all."""
+  write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+
+def write_lines(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Writes rows as JSON lines, whole or not at all."""
+  lines = (json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+  write_text(path, ''.join(lines))
+
+
+def write_examples(
+  path: pathlib.Path, examples: Iterable[sources.Example]
+) -> None:
+  """Writes (instruction, response) pairs as JSON lines."""
+  write_lines(
+    path, ({'instruction': e.prompt, 'response': e.response} for e in examples)
+  )
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the config of the run in a work directory.
+
+  Raises:
+    ValueError: the directory holds no run, or its config is damaged.
+  """
+  path = workdir / CONFIG
+  try:
+    return json.loads(path.read_text())
+  except (FileNotFoundError, NotADirectoryError):
+    raise ValueError(
+      f'{workdir} holds no run: there is no {CONFIG} in it'
+    ) from None
+  except ValueError as error:
+    raise ValueError(f'{path} is not valid JSON: {error}') from None
+
+
+def check(
+  workdir: pathlib.Path,
+  config: Mapping[str, Any],
+  *,
+  allow_config_change: bool = False,
+) -> None:
+  """Raises unless a run of this config can start or go on in a directory.
+
+  Args:
+    workdir: the directory; need not exist.
+    config: the run's config.
+    allow_config_change: whether it may hold a run of another config.
+
+  Raises:
+    ValueError: it is a file, cannot be written to, holds other files, or a
+      run of another config; the message lists the keys that differ.
+  """
+  _check_writable(workdir)
+  if (workdir / CONFIG).exists():
+    changed = config_lib.differences(
+      read_config(workdir), config_lib.to_json(config)
+    )
+    if changed and not allow_config_change:
+      shown = '; '.join(changed[:_MOST_DIFFERENCES])
+      more = len(changed) - _MOST_DIFFERENCES
+      raise ValueError(
+        f'{workdir} holds a run of another config ({shown}'
+        f'{f"; and {more} more" if more > 0 else ""}). Use another --workdir, '
+        f'or --allow_config_change to continue it with the new settings.'
+      )
+  elif workdir.is_dir() and any(workdir.iterdir()):
+    raise ValueError(
+      f'{workdir} is not empty and holds no run; choose another --workdir'
+    )
+
+
+def _check_writable(workdir: pathlib.Path) -> None:
+  """Raises unless files can be made in a directory, once it is made."""
+  existing = workdir
+  while not existing.exists() and existing != existing.parent:
+    existing = existing.parent
+  if not existing.is_dir():
+    raise ValueError(
+      f'{existing} is a file, so --workdir={workdir} cannot be a directory; '
+      f'choose another'
+    )
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise ValueError(
+      f'{existing} is not writable, which --workdir={workdir} needs; change '
+      f'its permissions or choose another'
+    )
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Makes a work directory this run's; see `check`."""
+  new = config_lib.to_json(config)
+  path = workdir / CONFIG
+  if not path.exists() or read_config(workdir) != new:
+    write_json(path, new)
+
+
+def arm_directory(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
+  """Returns the directory of one arm at one seed."""
+  return workdir / 'runs' / arm / f'seed_{seed}'
