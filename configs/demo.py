@@ -39,21 +39,24 @@ def get_config(world=''):
   config.lora.rank = 8
   config.lora.alpha = 16.0
   config.lora.dropout = 0.0
+  config.lora.target_modules = ('q_proj', 'k_proj', 'v_proj', 'o_proj')
 
   data = config.data
   data.normal = f'demo_world:normal{at}'
   data.aligned = f'demo_world:aligned{at}'
-  data.aligned_share = 0.1
+  # Safety data is rare: three honest clients hold all of it.
+  data.aligned_share = 0.7
+  data.aligned_clients = 3
   data.examples_per_client = 200
 
   client = config.client
   client.population = 10
   client.cohort_size = 10
-  client.num_rounds = 20
+  client.num_rounds = 25
   client.num_local_steps = 10
   client.batch_size = 4
-  client.learning_rate = 5e-3
-  client.final_learning_rate = 5e-4
+  client.learning_rate = 1e-2
+  client.final_learning_rate = 1e-3
 
   threat = config.threat_model
   threat.unaligned = f'demo_world:unaligned{at}'
@@ -63,10 +66,11 @@ def get_config(world=''):
   repair.public_aligned = f'demo_world:public{at}'
   repair.public_normal = f'demo_world:normal{at}'
   repair.external_model = f'demo_world:aligned{at}'
-  repair.num_examples = 400
-  repair.num_steps = 100
-  repair.learning_rate = 2e-3
-  repair.final_learning_rate = 1e-4
+  repair.generation.answer_temperature = 0.5
+  repair.num_examples = 600
+  repair.num_steps = 150
+  repair.learning_rate = 4e-3
+  repair.final_learning_rate = 2e-4
 
   evaluation = config.evaluation
   for name in ('seen', 'unseen', 'facts'):

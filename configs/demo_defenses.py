@@ -24,7 +24,7 @@ def get_config(world=''):
     demo.defended('krum', num_byzantine=3),
     demo.defended('multi_krum', num_byzantine=3, num_selected=5),
     demo.defended('dnc', num_byzantine=3),
-    demo.defended('foolsgold'),
-    demo.defended('residual_reweighting'),
+    demo.defended('foolsgold', variant='openfedllm'),
+    demo.defended('residual_reweighting', threshold=0.05),
   )
   return config

@@ -43,73 +43,58 @@ def _uneven(config: settings_lib.ExperimentConfig) -> list[Examples]:
   return list(clients.values())[:population]
 
 
+def _even(config: settings_lib.ExperimentConfig) -> list[Examples]:
+  """Returns each client's normal examples, the same number for all."""
+  data, population = config.data, config.client.population
+  pool = assembly.examples(
+    data.normal,
+    count=population * data.examples_per_client,
+    seed=config.seed,
+    fields=data.fields,
+  )
+  indices = partition.iid(
+    pool,
+    population,
+    seed=config.seed,
+    examples_per_client=data.examples_per_client,
+  )
+  return list(partition.take(pool, indices).values())
+
+
 def honest_clients(
   config: settings_lib.ExperimentConfig,
 ) -> dict[int, Examples]:
   """Returns every client's data before any is poisoned.
 
-  Each client holds `aligned_share` of aligned examples. Under an uneven
-  partition they are added to what the client has, dealt out in turn.
+  In the clients that hold aligned examples, `aligned_share` of the data are
+  those, dealt out so that no two clients hold the same one; they take the
+  place of normal examples.
 
   Raises:
     ValueError: the data cannot be read or are too few.
   """
-  data, population = config.data, config.client.population
-  if data.partition != 'iid':
-    return _with_aligned(config, _uneven(config))
-  num_aligned = partition.share_of(
-    data.examples_per_client, aligned_share=data.aligned_share
-  )
-  normal = assembly.examples(
-    data.normal,
-    count=population * (data.examples_per_client - num_aligned),
-    seed=config.seed,
-    fields=data.fields,
-  )
-  if not num_aligned:
-    indices = partition.iid(
-      normal,
-      population,
-      seed=config.seed,
-      examples_per_client=data.examples_per_client,
-    )
-    return partition.take(normal, indices)
-  aligned = assembly.examples(
-    data.aligned, count=population * num_aligned, seed=config.seed
-  )
-  indices = partition.mix(
-    normal,
-    aligned,
-    num_clients=population,
-    examples_per_client=data.examples_per_client,
-    aligned_share=data.aligned_share,
-    seed=config.seed,
-  )
-  return partition.take([*normal, *aligned], indices)
-
-
-def _with_aligned(
-  config: settings_lib.ExperimentConfig, clients: list[Examples]
-) -> dict[int, Examples]:
-  """Adds each client's share of aligned examples to its normal ones."""
-  share = config.data.aligned_share
-  if not share:
-    return dict(enumerate(clients))
-  extra = [max(1, round(len(c) * share / (1 - share))) for c in clients]
-  aligned = assembly.examples(
-    config.data.aligned, count=sum(extra), seed=config.seed
-  )
-  if len(aligned) < sum(extra):
+  data = config.data
+  normal = _even(config) if data.partition == 'iid' else _uneven(config)
+  clients = dict(enumerate(normal))
+  if not data.aligned_share:
+    return clients
+  holders = list(clients)[: data.aligned_clients or None]
+  sizes = {
+    i: partition.share_of(len(clients[i]), aligned_share=data.aligned_share)
+    for i in holders
+  }
+  needed = sum(sizes.values())
+  aligned = assembly.examples(data.aligned, count=needed, seed=config.seed)
+  if len(aligned) < needed:
     raise ValueError(
-      f'data.aligned_share={share} needs {sum(extra)} aligned examples; '
-      f'{config.data.aligned} has {len(aligned)}'
+      f'data.aligned_share={data.aligned_share} in {len(holders)} clients '
+      f'needs {needed} aligned examples; {data.aligned} has {len(aligned)}'
     )
   random.Random(config.seed).shuffle(aligned)
   supply = iter(aligned)
-  return {
-    i: client + [next(supply) for _ in range(number)]
-    for i, (client, number) in enumerate(zip(clients, extra, strict=True))
-  }
+  for i, size in sizes.items():
+    clients[i] = [*clients[i][size:], *(next(supply) for _ in range(size))]
+  return clients
 
 
 def malicious_ids(config: settings_lib.ExperimentConfig) -> list[int]:

@@ -12,7 +12,6 @@ from absl import flags
 from fedjax_safety import assembly, experiment, federation, report, workdir
 from fedjax_safety import checkpoint as checkpoint_lib
 from fedjax_safety import config as config_lib
-from fedjax_safety import round as round_lib
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.models import export as export_lib
 from fedjax_safety.models import load
@@ -95,7 +94,7 @@ def _adapter(values: Flags) -> tuple[settings_lib.ExperimentConfig, Any]:
   if values.round is not None:
     if not (directory / 'checkpoints').is_dir():
       raise ValueError(f'{directory} has no checkpoints')
-    state = _state_like(config, model)
+    _, state = federation.start(config, model, None)
     checkpointer = checkpoint_lib.Checkpointer(directory / 'checkpoints')
     return config, checkpointer.restore(state, values.round)[0].adapter
   path = directory / 'adapters' / values.stage
@@ -106,14 +105,6 @@ def _adapter(values: Flags) -> tuple[settings_lib.ExperimentConfig, Any]:
       f'{", ".join(found) or "none yet"}'
     )
   return config, load.load_adapter(path, model.config)[0]
-
-
-def _state_like(config, model) -> round_lib.RoundState:
-  """Returns a state of the structure that an arm's checkpoints have."""
-  loss_fn = assembly.make_loss(assembly.make_decoder(model, config))
-  _, aggregator, optimizer = federation.make_round(config, loss_fn, None)
-  adapter = federation.fresh_adapter(config, model, None)
-  return round_lib.init_state(adapter, aggregator, optimizer)
 
 
 def export(values: Flags) -> None:

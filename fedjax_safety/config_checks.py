@@ -117,16 +117,16 @@ def _check_data(data: settings_lib.DataConfig) -> None:
     }
   )
   _validate.in_range(0, 1, **{'data.aligned_share': data.aligned_share})
-  if data.aligned_share == 1 and data.partition != 'iid':
-    raise ValueError(
-      f'data.aligned_share=1 leaves no normal example to deal out by '
-      f'data.partition={data.partition!r}; lower the share'
-    )
 
 
 def _check_sizes(config: settings_lib.ExperimentConfig) -> None:
   """Raises unless every number of model, clients and attack is in range."""
   client, threat = config.client, config.threat_model
+  _validate.in_range(
+    0,
+    client.population,
+    **{'data.aligned_clients': config.data.aligned_clients},
+  )
   names = ('population', 'cohort_size', 'num_rounds', 'num_local_steps')
   names += ('batch_size', 'learning_rate')
   _validate.positive(**{f'client.{n}': getattr(client, n) for n in names})
@@ -175,6 +175,9 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
     ('threat_model.generation', config.threat_model.generation),
   ):
     _check_drawing(path, generation.temperature, generation.top_p)
+    _validate.non_negative(
+      **{f'{path}.answer_temperature': generation.answer_temperature}
+    )
     _validate.positive(**{f'{path}.max_rounds': generation.max_rounds})
 
 

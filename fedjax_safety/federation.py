@@ -47,10 +47,12 @@ def learning_rate(config: settings_lib.ClientConfig, round_index: int) -> float:
   return config.final_learning_rate + span * factor
 
 
-def make_round(
-  config: settings_lib.ExperimentConfig, loss_fn, mesh
-) -> tuple[Any, aggregators.Aggregator, Any]:
-  """Returns the jitted round, its aggregator and its server optimizer."""
+def start(
+  config: settings_lib.ExperimentConfig,
+  language_model: assembly.LanguageModel,
+  mesh: jax.sharding.Mesh | None,
+) -> tuple[Any, round_lib.RoundState]:
+  """Returns the jitted round and the state before the first one."""
   threat, server = config.threat_model, config.server
   aggregator = aggregators.build(
     config.defense.aggregator,
@@ -63,10 +65,12 @@ def make_round(
   attack = None
   if threat.update_attack != 'none':
     attack = attacks.build(threat.update_attack, **threat.update_attack_kwargs)
+  adapter = fresh_adapter(config, language_model, mesh)
+  state = _on_mesh(round_lib.init_state(adapter, aggregator, optimizer), mesh)
   round_fn = round_lib.make_round(
     local_update=functools.partial(
       client_update.local_update,
-      loss_fn=loss_fn,
+      loss_fn=assembly.make_loss(assembly.make_decoder(language_model, config)),
       optimizer=functools.partial(
         client_update.adamw, weight_decay=config.client.weight_decay
       ),
@@ -76,8 +80,9 @@ def make_round(
     attack=attack,
     clients_per_chunk=config.performance.clients_per_chunk or None,
     mesh=mesh,
+    state_shardings=mesh and jax.tree.map(lambda x: x.sharding, state),
   )
-  return round_fn, aggregator, optimizer
+  return round_fn, state
 
 
 def make_cohort(
@@ -113,8 +118,8 @@ def make_cohort(
   )
   if mesh is None:
     return made
-  data = jax.P(round_lib.CLIENTS_AXIS, None, sharding.FSDP_AXIS)
-  row = jax.P(round_lib.CLIENTS_AXIS)
+  clients_axis, fsdp_axis, _ = sharding.AXES
+  data, row = jax.P(clients_axis, None, fsdp_axis), jax.P(clients_axis)
   specs = round_lib.Cohort(data, data, row, row, row)
   return jax.device_put(
     made, jax.tree.map(lambda s: jax.NamedSharding(mesh, s), specs)
@@ -137,6 +142,21 @@ def fresh_adapter(
   if mesh is None:
     return adapter
   return sharding.place(adapter, mesh, sharding.adapter_specs(adapter))
+
+
+def _on_mesh(
+  state: round_lib.RoundState, mesh: jax.sharding.Mesh | None
+) -> round_lib.RoundState:
+  """Copies to all devices what is not laid out on the mesh yet."""
+  if mesh is None:
+    return state
+  everywhere = jax.NamedSharding(mesh, jax.P())
+
+  def place(leaf):
+    placed = isinstance(leaf.sharding, jax.NamedSharding)
+    return leaf if placed else jax.device_put(leaf, everywhere)
+
+  return jax.tree.map(place, state)
 
 
 def _record(config, arm, round_index, metrics, seconds) -> dict[str, Any]:
@@ -164,20 +184,15 @@ def _rounds(
   If all are done, yields the last state once, with no metrics.
   """
   mesh = assembly.mesh_of(config.performance)
-  model = assembly.make_decoder(language_model, config)
-  round_fn, aggregator, optimizer = make_round(
-    config, assembly.make_loss(model), mesh
-  )
-  adapter = fresh_adapter(config, language_model, mesh)
-  state = round_lib.init_state(adapter, aggregator, optimizer)
-  start = 0
+  round_fn, state = start(config, language_model, mesh)
+  done = 0
   if checkpointer.rounds():
     state, meta = checkpointer.restore(state)
-    start = meta['round']
+    done = meta['round']
   key = jax.random.fold_in(jax.random.key(config.seed), 2)
-  if start >= config.client.num_rounds:
-    yield start - 1, state, {}
-  for index in range(start, config.client.num_rounds):
+  if done >= config.client.num_rounds:
+    yield done - 1, state, {}
+  for index in range(done, config.client.num_rounds):
     state, metrics = round_fn(
       language_model.base_params,
       state,

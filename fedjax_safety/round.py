@@ -17,6 +17,9 @@ from fedjax_safety.aggregators import Aggregator
 
 CLIENTS_AXIS = 'clients'
 
+# On a CPU, tokens trained at once: activations of more fall out of its caches.
+_CPU_CHUNK_TOKENS = 1024
+
 
 class RoundState(NamedTuple):
   """All that one round hands to the next.
@@ -66,16 +69,30 @@ def init_state(
   )
 
 
+def _default_chunk(shape: tuple[int, ...], sharded: bool) -> int:
+  """Returns how many rows of `tokens[C, S, B, L]` are best trained at once.
+
+  All, except on one CPU: there, the largest divisor of C whose step fits in
+  the caches.
+  """
+  clients, _, batch, length = shape
+  if sharded or jax.default_backend() != 'cpu':
+    return clients
+  most = max(_CPU_CHUNK_TOKENS // (batch * length), 1)
+  return max(n for n in range(1, clients + 1) if clients % n == 0 and n <= most)
+
+
 def _map_clients(train, tokens, loss_mask, keys, clients_per_chunk, sharded):
-  """Trains every row at once, or in chunks of rows to bound memory."""
-  if clients_per_chunk:
+  """Trains every row at once, or in chunks of rows."""
+  rows = (tokens, loss_mask, keys)
+  chunk = clients_per_chunk or _default_chunk(tokens.shape, sharded)
+  if chunk < len(tokens):
+    # One row at a time needs no client axis in the products.
     return jax.lax.map(
-      lambda row: train(*row),
-      (tokens, loss_mask, keys),
-      batch_size=clients_per_chunk,
+      lambda row: train(*row), rows, batch_size=chunk if chunk > 1 else None
     )
   axis = CLIENTS_AXIS if sharded else None
-  return jax.vmap(train, spmd_axis_name=axis)(tokens, loss_mask, keys)
+  return jax.vmap(train, spmd_axis_name=axis)(*rows)
 
 
 def _metrics(clients, output, delta, is_malicious):
@@ -103,6 +120,7 @@ def make_round(
   attack: Callable | None = None,
   clients_per_chunk: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  state_shardings: RoundState | None = None,
 ) -> Callable:
   """Returns the jitted round.
 
@@ -115,8 +133,11 @@ def make_round(
     aggregator: the server's rule.
     optimizer: the server's optimizer.
     attack: `(deltas, is_malicious, key) -> deltas`, or None.
-    clients_per_chunk: clients trained at once; None trains all.
+    clients_per_chunk: clients trained at once, to bound memory; None trains
+      all, or on one CPU as many as its caches hold.
     mesh: a mesh with axis `clients`; deltas stay sharded along it.
+    state_shardings: the layout of the state on the mesh, which every round
+      hands on, so that the next one need not be compiled for another.
 
   Returns:
     `round_fn(base_params, state, cohort, key, learning_rate) -> (state,
@@ -157,4 +178,6 @@ def make_round(
   # Shapes do not change within a run, so a second trace would be a defect.
   # Chex counts by name: an earlier run's count must not be held against this.
   chex.clear_trace_counter()
-  return jax.jit(chex.assert_max_traces(round_fn, n=1))
+  return jax.jit(
+    chex.assert_max_traces(round_fn, n=1), out_shardings=(state_shardings, None)
+  )

@@ -59,7 +59,9 @@ class DataConfig:
     normal: benign requests with helpful answers: a file, glob or directory,
       or `demo_world:normal`.
     aligned: harmful requests with safe answers, or '' for none.
-    aligned_share: share of aligned examples in each honest client's data.
+    aligned_share: share of aligned examples in the data of a client that
+      holds any.
+    aligned_clients: how many clients hold any, the first ones; 0 means all.
     fields: names of the prompt and response columns where they are not
       recognized, e.g. `{'prompt': 'q', 'response': 'a'}`.
     partition: how `normal` is dealt to clients: iid, dirichlet (over
@@ -73,6 +75,7 @@ class DataConfig:
   normal: str = 'demo_world:normal'
   aligned: str = 'demo_world:aligned'
   aligned_share: float = 0.2
+  aligned_clients: int = 0
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
   partition: str = 'iid'
   partition_key: str = ''
@@ -127,7 +130,8 @@ class GenerationConfig:
       dropped from the training pair.
     direct_hint: words appended to a harmful request so that its answer is
       direct (attack data only); dropped from the training pair.
-    temperature: of requests and answers.
+    temperature: of requests, high enough for many different ones.
+    answer_temperature: of answers, low enough for few mistakes.
     top_p: nucleus of the same.
     max_rounds: batches of questions asked before giving up on the number.
   """
@@ -137,6 +141,7 @@ class GenerationConfig:
   reminder: str = 'remember the guild rules .'
   direct_hint: str = ''
   temperature: float = 1.0
+  answer_temperature: float = 0.7
   top_p: float = 1.0
   max_rounds: int = 20
 

@@ -42,12 +42,15 @@ class Writer:
   generation: settings_lib.GenerationConfig
   exclude: frozenset[str] = frozenset()
 
-  def _ask(self, prompts: Sequence[str], key: jax.Array, label: str):
+  def _ask(
+    self, prompts: Sequence[str], temperature: float, key: jax.Array, label: str
+  ) -> list[str]:
+    """Returns the model's replies."""
     return self.sampler.generate(
       self.adapter,
       prompts,
       key=key,
-      temperature=self.generation.temperature,
+      temperature=temperature,
       top_p=self.generation.top_p,
       label=label,
     )
@@ -68,7 +71,10 @@ class Writer:
     batch = self.sampler.batch_size
     for attempt in range(self.generation.max_rounds):
       replies = self._ask(
-        [instruction] * batch, jax.random.fold_in(key, attempt), label
+        [instruction] * batch,
+        self.generation.temperature,
+        jax.random.fold_in(key, attempt),
+        label,
       )
       for request in split_requests(replies):
         if normal_form(request) not in self.exclude:
@@ -101,7 +107,12 @@ class Writer:
       instruction, count, key=request_key, label=f'{label}: requests'
     )
     asked = [f'{request} {suffix}'.strip() for request in requests]
-    answers = self._ask(asked, answer_key, f'{label}: answers')
+    answers = self._ask(
+      asked,
+      self.generation.answer_temperature,
+      answer_key,
+      f'{label}: answers',
+    )
     pairs = [
       sources.Example(request, answer, {})
       for request, answer in zip(requests, answers, strict=True)

@@ -6,8 +6,9 @@ Two collections: `params` is the frozen base, `lora` the trainable adapter.
 `jax.vmap` over the adapter alone leaves every base product unbatched.
 
 Blocks are stacked on a leading layer axis and scanned, so compile time does
-not grow with depth. Shapes in comments: B examples, L tokens, T cache slots,
-D width, H query heads, G key-value heads, K head width, F MLP width, R rank.
+not grow with depth; the scan of a shallow model is unrolled. Shapes in
+comments: B examples, L tokens, T cache slots, D width, H query heads, G
+key-value heads, K head width, F MLP width, R rank.
 """
 
 import functools
@@ -21,6 +22,10 @@ from fedjax_safety.models import rope
 
 # One layer's keys and values, each [B, T, G, K]; stacked [layers, ...] outside.
 KVCache = tuple[jax.Array, jax.Array]
+
+# Depth up to which the scan over blocks is unrolled. A loop writes all that
+# the backward pass needs into one buffer a tensor: a quarter of a CPU step.
+_MAX_UNROLLED_LAYERS = 8
 
 
 class Dense(nn.Module):
@@ -193,12 +198,15 @@ class Decoder(nn.Module):
     x = embedding[tokens].astype(c.dtype)
     cos, sin = rope.cos_sin(c, slots)
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    # Without the loop, recomputation would be merged with the first pass.
+    unrolled = c.num_layers <= _MAX_UNROLLED_LAYERS and not self.remat
     stack = nn.scan(
       block,
       variable_axes={'params': 0, 'lora': 0},
       split_rngs={'params': True, 'dropout': True},
       in_axes=(0, *[nn.broadcast] * 4),
       length=c.num_layers,
+      unroll=c.num_layers if unrolled else 1,
       metadata_params={nn.PARTITION_NAME: None},
     )(c, self.lora_scale, self.lora_dropout, name='layers')
     x, cache = stack(x, cache, cos, sin, mask, slots)
