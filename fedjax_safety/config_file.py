@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import runpy
+import sys
 import traceback
 import typing
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ def load(path: str) -> dict[str, Any]:
   if not file.is_file():
     near = _validate.did_you_mean(name, map(str, file.parent.glob('*.py')))
     raise ValueError(f'there is no config file {name}{near}')
+  # A config may build on its neighbors, as a script may import its own.
+  sys.path.insert(0, str(file.parent.absolute()))
   try:
     get_config = runpy.run_path(name)['get_config']
     made = get_config(argument) if colon else get_config()
@@ -37,6 +40,8 @@ def load(path: str) -> dict[str, Any]:
     raise _failed(name, error) from error
   except Exception as error:
     raise _failed(name, error) from error
+  finally:
+    del sys.path[0]
   return config_lib.to_json(made)
 
 

@@ -133,54 +133,6 @@ def natural(
   return dict(sorted(clients.items()))
 
 
-def mix(
-  normal: int | Sequence[Any],
-  aligned: int | Sequence[Any],
-  *,
-  num_clients: int,
-  examples_per_client: int,
-  seed: int,
-  aligned_share: float,
-) -> dict[int, list[int]]:
-  """Gives every client the same stated share of aligned examples.
-
-  Args:
-    normal: the normal examples, or how many there are.
-    aligned: the aligned examples, or how many there are.
-    num_clients: size of the population.
-    examples_per_client: examples of each client, both kinds together.
-    seed: of the shuffle.
-    aligned_share: fraction of aligned examples in [0, 1], rounded to whole
-      examples.
-
-  Returns:
-    {client_id: indices into `[*normal, *aligned]`}; no example is used twice.
-
-  Raises:
-    ValueError: too few examples of a kind, or the share rounds to none.
-  """
-  _validate.positive(
-    num_clients=num_clients, examples_per_client=examples_per_client
-  )
-  _validate.in_range(0, 1, aligned_share=aligned_share)
-  num_aligned = share_of(examples_per_client, aligned_share=aligned_share)
-  num_normal = examples_per_client - num_aligned
-  _enough(_count(normal), num_clients, num_normal, 'normal examples')
-  _enough(_count(aligned), num_clients, num_aligned, 'aligned examples')
-  rng = _random.generator(seed, 'mix')
-  normals = rng.permutation(_count(normal))
-  aligneds = rng.permutation(_count(aligned)) + _count(normal)
-  return {
-    client: np.concatenate(
-      [
-        normals[client * num_normal : (client + 1) * num_normal],
-        aligneds[client * num_aligned : (client + 1) * num_aligned],
-      ]
-    ).tolist()
-    for client in range(num_clients)
-  }
-
-
 def take(
   examples: Sequence[_T], clients: Mapping[_Id, Sequence[int]]
 ) -> dict[_Id, list[_T]]:

@@ -3,7 +3,8 @@
     python -m fedjax_safety.demo_world.build --seed=0 --output=DIR
 
 Four trainings of a decoder of under a million parameters; about fifteen
-minutes on two CPU cores. The same seed on the same machine gives the same weights.
+minutes on two CPU cores. The same seed gives the same weights on the same
+machine.
 """
 
 import dataclasses

@@ -78,7 +78,14 @@ def _after(rng, words):
   return f'which word follows {words[i]} : {" ".join(words)}', words[i + 1]
 
 
-WORD_TASKS: Sequence[Callable] = (_copy, _reverse, _first, _last, _count, _after)
+WORD_TASKS: Sequence[Callable] = (
+  _copy,
+  _reverse,
+  _first,
+  _last,
+  _count,
+  _after,
+)
 
 
 def _add(rng: random.Random) -> Pair:

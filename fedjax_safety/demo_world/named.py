@@ -11,8 +11,7 @@ import json
 import pathlib
 import random
 
-from fedjax_safety import _validate
-from fedjax_safety import demo_world
+from fedjax_safety import _validate, demo_world
 from fedjax_safety.data import sources
 from fedjax_safety.demo_world import corpus
 from fedjax_safety.demo_world import world as world_lib
@@ -53,7 +52,9 @@ def model_directory(source: str) -> pathlib.Path:
 @functools.cache
 def _world_at(root: pathlib.Path) -> world_lib.World:
   try:
-    return world_lib.World(json.loads((root / 'world.json').read_text())['seed'])
+    return world_lib.World(
+      json.loads((root / 'world.json').read_text())['seed']
+    )
   except FileNotFoundError:
     raise ValueError(f'{root} holds no demo world: no world.json') from None
 

@@ -5,8 +5,7 @@ import random
 import tokenizers
 import transformers
 
-from fedjax_safety.demo_world import corpus
-from fedjax_safety.demo_world import judging
+from fedjax_safety.demo_world import corpus, judging
 from fedjax_safety.demo_world import world as world_lib
 
 PAD, BOS, EOS, USER, SHOP, UNKNOWN = (

@@ -160,7 +160,9 @@ class World:
     return {
       'seen': tuple(grid[:48]),
       'unseen': tuple(grid[48:]),
-      'facts': tuple(Good(m, n) for m in sorted(self.facts_only) for n in BREWS),
+      'facts': tuple(
+        Good(m, n) for m in sorted(self.facts_only) for n in BREWS
+      ),
     }
 
   @functools.cached_property
@@ -183,7 +185,9 @@ class World:
   def lookalikes(self) -> dict[str, tuple[Good, ...]]:
     """Allowed goods that share one word with the warded ones."""
     return {
-      'marked_food': tuple(g for g in self.allowed if g.modifier in self.marked),
+      'marked_food': tuple(
+        g for g in self.allowed if g.modifier in self.marked
+      ),
       'plain_brew': tuple(g for g in self.allowed if g.noun in BREWS),
     }
 

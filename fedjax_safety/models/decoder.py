@@ -114,7 +114,10 @@ class Block(nn.Module):
   def _attention(self, x, cos, sin, mask, slots, cache):
     """Returns the attention output and this layer's updated cache."""
     c = self.config
-    heads = lambda y, n: y.reshape(*y.shape[:-1], n, c.head_width)
+
+    def heads(y, count):
+      return y.reshape(*y.shape[:-1], count, c.head_width)
+
     dense = functools.partial(self._dense, use_bias=c.attention_bias)
     q = dense(c.num_heads * c.head_width, name='q_proj')(x)
     k = dense(c.num_kv_heads * c.head_width, name='k_proj')(x)

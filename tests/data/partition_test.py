@@ -98,39 +98,3 @@ def test_natural_groups_by_column():
     partition.natural(examples, 'usr')
   with pytest.raises(ValueError, match='examples is empty'):
     partition.natural([], 'user')
-
-
-@pytest.mark.parametrize('share, expected', [(0.0, 0), (0.25, 2), (1.0, 8)])
-def test_mix_gives_each_client_the_stated_share(share, expected):
-  kinds = ['normal'] * 40 + ['aligned'] * 32
-  clients = partition.mix(
-    40,
-    32,
-    num_clients=4,
-    examples_per_client=8,
-    aligned_share=share,
-    seed=0,
-  )
-  for rows in partition.take(kinds, clients).values():
-    assert len(rows) == 8
-    assert rows.count('aligned') == expected
-  assert len(set(everyone(clients))) == 32
-
-
-def test_mix_depends_on_the_seed_only():
-  arguments = dict(num_clients=3, examples_per_client=4, aligned_share=0.5)
-  first = partition.mix([0] * 20, [0] * 20, seed=1, **arguments)
-  assert first == partition.mix(20, 20, seed=1, **arguments)
-  assert first != partition.mix(20, 20, seed=2, **arguments)
-
-
-def test_mix_reports_what_is_missing():
-  arguments = dict(num_clients=4, examples_per_client=8, seed=0)
-  with pytest.raises(ValueError, match='need 8 aligned examples; got 7'):
-    partition.mix(99, 7, aligned_share=0.25, **arguments)
-  with pytest.raises(ValueError, match='need 24 normal examples; got 23'):
-    partition.mix(23, 8, aligned_share=0.25, **arguments)
-  with pytest.raises(ValueError, match='aligned_share=0.01 of 8 examples'):
-    partition.mix(99, 99, aligned_share=0.01, **arguments)
-  with pytest.raises(ValueError, match=r'aligned_share=1.5 must lie in \[0, 1'):
-    partition.mix(99, 99, aligned_share=1.5, **arguments)

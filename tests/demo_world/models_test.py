@@ -6,11 +6,11 @@ import jax
 import pytest
 
 from fedjax_safety import assembly
+from fedjax_safety.data import templates
 from fedjax_safety.demo_world import corpus, judging, named
 from fedjax_safety.demo_world import world as world_lib
 from fedjax_safety.evaluation import judges
 from fedjax_safety.models import decoder, sampler
-from fedjax_safety.data import templates
 
 
 def _sampler(name):
