@@ -39,8 +39,7 @@ def overlap_table(run: _read.Run) -> _tables.Table | None:
     'equal ↓',
     'share of the first',
     'share of the second',
-    'n-gram overlap ↓',
-    'share of the second',
+    'share a run of words with the first ↓',
     'in',
   )
   return _tables.Table('Prompts in common', header, rows)
@@ -53,15 +52,17 @@ def _overlap_boxes(
   bad = touches_evaluation(run, entry)
   tones = {
     name: 'bad' if bad and _some(entry, name) else ''
-    for name in ('exact', 'ngram')
+    for name in ('exact', 'ngram_share_b')
   }
   return (
     _tables.Box(f'{entry.get("size_a")} / {entry.get("size_b")}'),
     _tables.Box(str(entry.get('exact')), tone=tones['exact']),
     _tables.Box(_percent(entry.get('exact_share_a'))),
     _tables.Box(_percent(entry.get('exact_share_b'))),
-    _tables.Box(str(entry.get('ngram')), tone=tones['ngram']),
-    _tables.Box(_percent(entry.get('ngram_share_b'))),
+    _tables.Box(
+      f'{_percent(entry.get("ngram_share_b"))} ({entry.get("ngram")} words)',
+      tone=tones['ngram_share_b'],
+    ),
     _tables.Box('; '.join(entry['where'])),
   )
 
@@ -69,10 +70,8 @@ def _overlap_boxes(
 def overlap_warnings(run: _read.Run) -> list[str]:
   """Returns a line for each source of tuning that overlaps evaluation."""
   return [
-    f'“{entry.get("a")}” and “{entry.get("b")}” share {entry.get("exact")} '
-    f'equal prompts, {entry.get("ngram")} by n-grams '
-    f'({"; ".join(entry["where"])}): the numbers on those prompts show memory, '
-    f'not safety'
+    f'{_shared(entry)} ({"; ".join(entry["where"])}): the numbers on those '
+    f'prompts show memory, not safety'
     for entry in run.overlaps
     if touches_evaluation(run, entry)
   ]
@@ -81,19 +80,31 @@ def overlap_warnings(run: _read.Run) -> list[str]:
 def tuning_overlaps(run: _read.Run) -> list[str]:
   """Returns a line for each two sources of tuning that share prompts."""
   return [
-    f'“{entry.get("a")}” and “{entry.get("b")}” share {entry.get("exact")} '
-    f'equal prompts, {entry.get("ngram")} by n-grams: a repair that saw the '
-    f'prompts of the attack shows less than one that did not.'
+    f'{_shared(entry)}: a repair that saw the prompts of the attack shows less '
+    f'than one that did not.'
     for entry in run.overlaps
-    if (_some(entry, 'exact') or _some(entry, 'ngram'))
-    and not _one_is_evaluation(run, entry)
+    if _overlap(entry) and not _one_is_evaluation(run, entry)
   ]
 
 
 def touches_evaluation(run: _read.Run, entry: _read.Record) -> bool:
   """Returns whether tuning data overlaps evaluation prompts in an entry."""
-  overlap = _some(entry, 'exact') or _some(entry, 'ngram')
-  return overlap and _one_is_evaluation(run, entry)
+  return _overlap(entry) and _one_is_evaluation(run, entry)
+
+
+def _overlap(entry: _read.Record) -> bool:
+  """Returns whether an entry's two sources share anything."""
+  return _some(entry, 'exact') or _some(entry, 'ngram_share_b')
+
+
+def _shared(entry: _read.Record) -> str:
+  """Returns what an entry's two sources share, in words."""
+  near = _percent(entry.get('ngram_share_b'))
+  return (
+    f'“{entry.get("a")}” and “{entry.get("b")}” share {entry.get("exact")} '
+    f'equal prompts; {near} of the latter share {entry.get("ngram")} words in '
+    f'a row with the former'
+  )
 
 
 def audits_evaluation(run: _read.Run) -> bool:

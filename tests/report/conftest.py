@@ -162,7 +162,7 @@ def overlap(a, b, exact):
     'exact': exact,
     'exact_share_a': exact / 100,
     'exact_share_b': exact / 50,
-    'ngram': exact,
+    'ngram': 8,
     'ngram_share_b': exact / 50,
   }
 

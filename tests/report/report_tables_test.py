@@ -8,6 +8,7 @@ import re
 import pytest
 
 from fedjax_safety import report, statistics
+from fedjax_safety.data import overlap
 from fedjax_safety.report import (
   _agreement,
   _answers,
@@ -299,10 +300,10 @@ def test_costs_are_means_over_seeds(three_seeds):
 )
 def test_overlap_with_the_evaluation_is_a_warning(workdir, a, b, exact, warns):
   path = workdir / 'runs' / 'mean' / 'seed_0' / 'audit.json'
-  entry = json.loads(path.read_text())[0]
-  path.write_text(
-    json.dumps([entry | {'a': a, 'b': b, 'exact': exact, 'ngram': 0}])
-  )
+  # The auditor's own rows, so that both sides mean the same by each field.
+  shared = [f'prompt {i}' for i in range(exact)]
+  sets = {a: [*shared, 'one thing'], b: [*shared, 'another thing']}
+  path.write_text(json.dumps(overlap.audit(sets)))
   run = _read.load(workdir)
   assert bool(_details.overlap_warnings(run)) == warns
   page = page_of(workdir)
