@@ -108,11 +108,10 @@ def tiny_data(tmp_path_factory):
   """A JSON file of instructions, of two kinds and four users."""
   rng = np.random.default_rng(1)
   words = _WORDS.split()
-  draw = lambda n: ' '.join(rng.choice(words, n))
   rows = [
     {
-      'instruction': draw(4),
-      'output': draw(3),
+      'instruction': ' '.join(rng.choice(words, 4)),
+      'output': ' '.join(rng.choice(words, 3)),
       'kind': f'kind {i % 2}',
       'user': f'user {i % 4}',
     }
@@ -146,3 +145,26 @@ def tree_equal():
     return all(np.array_equal(a, b) for a, b in pairs)
 
   return equal
+
+
+@pytest.fixture(scope='session')
+def quick_jax(tmp_path_factory):
+  """Environment in which tiny programs compile quickly, and once.
+
+  Equal programs give equal bits with it, which is all that is compared.
+  """
+  return {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'TF_CPP_MIN_LOG_LEVEL': '1',
+  }
+
+
+@pytest.fixture(scope='module')
+def quick_compiles():
+  """Compiles with few optimizations in this process, for one module."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

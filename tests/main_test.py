@@ -1,14 +1,17 @@
 """Tests of the program as a user runs it: help, good runs, bad input."""
 
+import errno
+import io
 import json
 import os
-import pathlib
 import shutil
 
 import pytest
 
-from fedjax_safety import federation, main, metrics
+from fedjax_safety import checkpoint, federation, main, metrics
 from fedjax_safety.models import load
+
+pytestmark = pytest.mark.usefixtures('quick_compiles')
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def refused(call, tiny_config, tmp_path, monkeypatch):
   def never(*args, **kwargs):
     raise AssertionError('a round was built although the input is bad')
 
-  monkeypatch.setattr(federation, 'make_round', never)
+  monkeypatch.setattr(federation, 'start', never)
 
   def run(*overrides, config=tiny_config, workdir=tmp_path / 'run'):
     code, _, stderr = call(
@@ -45,7 +48,7 @@ def refused(call, tiny_config, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory, tiny_config):
+def finished(tmp_path_factory, tiny_config, quick_compiles):
   """The work directory of a finished run with two levels of repair."""
   directory = tmp_path_factory.mktemp('finished') / 'run'
   code = main.run(
@@ -110,7 +113,6 @@ class TestRun:
     records = metrics.read(finished / 'metrics.jsonl')
     rounds = [r for r in records if r['kind'] == 'round']
     assert [r['round'] for r in rounds] == [0, 1, 2, 3]
-    assert rounds[-1]['client/loss'] < rounds[0]['client/loss']
     steps = [r['step'] for r in records if r['kind'] == 'repair']
     assert steps == [10, 20]
 
@@ -181,8 +183,6 @@ class TestRun:
     assert (tmp_path / 'repaired' / files / 'repair_public.jsonl').is_file()
 
   def test_chat_answers_each_line(self, finished, call, monkeypatch):
-    import io
-
     monkeypatch.setattr('sys.stdin', io.StringIO('tell me\nhow to\n\nno\n'))
     code, out, _ = call('chat', f'--workdir={finished}')
     assert code == 0 and len(out.splitlines()) == 2
@@ -224,7 +224,7 @@ class TestBadConfig:
       ('client.lerning_rate=1', "client.lerning_rate (did you mean 'learning_"),
       ('cliemt.num_rounds=1', "cliemt (did you mean 'client'?)"),
       ('evaluation.sets.asked.sorce=x', "(did you mean 'source'?)"),
-      ('client.num_rounds=many', "client.num_rounds='many' must be of type int"),
+      ('client.num_rounds=many', "num_rounds='many' must be of type int"),
       ('client.num_rounds=0', 'client.num_rounds=0 must be greater than 0'),
       ('client.num_rounds.x=0', 'client.num_rounds is a value'),
       ('client=1', 'client is a group'),
@@ -258,7 +258,7 @@ class TestBadConfig:
     ('body', 'words'),
     [
       ('config.client.lerning_rate = 1', "(did you mean 'learning_rate'?)"),
-      ('config.client.num_rounds = None', 'line 4'),
+      ('config.client.num_rounds = None', 'num_rounds=None must be of'),
       ('config.clinet.num_rounds = 1', 'line 4'),
       ('raise KeyError("x")', 'line 4'),
       ('def', 'line 4'),
@@ -268,7 +268,7 @@ class TestBadConfig:
         'config.arms = ({"name": "a", "client": {"num_rounds": -1}},)',
         "arm 'a': client.num_rounds=-1",
       ),
-      ('config.label = open', 'must be of type'),
+      ('config.label = open', 'line 4'),
     ],
   )
   def test_a_config_file_with_a_mistake(self, refused, tmp_path, body, words):
@@ -292,7 +292,8 @@ class TestBadConfig:
 
 class TestBadFiles:
   def _write(self, path, content):
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text)
     return path
 
   def test_data_that_are_not_there(self, refused, tiny_data):
@@ -397,9 +398,7 @@ class TestBadFiles:
 
 
 class TestBadWorkdir:
-  def test_of_another_run_lists_the_keys(
-    self, refused, finished, tiny_config
-  ):
+  def test_of_another_run_lists_the_keys(self, refused, finished, tiny_config):
     before = (finished / 'config.json').read_bytes()
     words = refused('--config.client.num_rounds=5', workdir=finished)
     assert 'client.num_rounds: 4 -> 5' in words
@@ -440,10 +439,6 @@ def test_a_full_device_is_told_and_the_run_resumes(
   call, tiny_config, tmp_path, monkeypatch
 ):
   """The checkpoint of round 2 finds no space; round 1 stays usable."""
-  import errno
-
-  from fedjax_safety import checkpoint
-
   manager = checkpoint.ocp.CheckpointManager
   real = manager.save
 
@@ -468,5 +463,9 @@ def test_a_full_device_is_told_and_the_run_resumes(
   assert 'round 1 is intact' in words
   code, _, stderr = call(*arguments)
   assert code == 0, stderr
-  assert 'rounds:  25%' in stderr.replace('\r', '\n')
-  assert pathlib.Path(workdir / 'report.html').is_file()
+  assert (workdir / 'report.html').is_file()
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  rounds = [r['round'] for r in records if r['kind'] == 'round']
+  # Round 0 was not run again; what its successors were is up to the threads.
+  assert rounds.count(0) == 1 and set(rounds) == {0, 1, 2, 3}

@@ -1,0 +1,105 @@
+"""Tests of what clients hold, under every partition and template."""
+
+import json
+
+import pytest
+
+from fedjax_safety import client_data, config, config_file, experiment
+
+
+@pytest.fixture
+def settings(tiny_config):
+  """Returns `(**dotted keys with __) -> the settings of one arm`."""
+
+  def make(**overrides):
+    tree = config_file.load(str(tiny_config))
+    for key, value in overrides.items():
+      config_file.override(tree, key.replace('__', '.'), str(value))
+    (made,) = config.resolve(tree).values()
+    return made
+
+  return make
+
+
+@pytest.fixture
+def pairs(tmp_path):
+  """Returns `(number) -> a file with so many pairs`."""
+
+  def make(number):
+    rows = [
+      {'prompt': f'ask {i}', 'response': f'no {i}'} for i in range(number)
+    ]
+    path = tmp_path / f'{number}.json'
+    path.write_text(json.dumps(rows))
+    return path
+
+  return make
+
+
+def _prompts(clients):
+  return [e.prompt for examples in clients.values() for e in examples]
+
+
+def test_iid_gives_equal_numbers(settings):
+  clients = client_data.honest_clients(settings())
+  assert list(clients) == [0, 1, 2, 3, 4]
+  assert {len(examples) for examples in clients.values()} == {4}
+
+
+def test_dirichlet_deals_out_everything(settings):
+  made = settings(data__partition='dirichlet', data__partition_key='kind')
+  clients = client_data.honest_clients(made)
+  assert list(clients) == [0, 1, 2, 3, 4]
+  assert sum(map(len, clients.values())) == 24
+  assert clients == client_data.honest_clients(made)
+
+
+def test_natural_gives_each_user_a_client(settings):
+  made = settings(
+    data__partition='natural',
+    data__partition_key='user',
+    client__population=4,
+  )
+  clients = client_data.honest_clients(made)
+  for number, examples in clients.items():
+    assert {e.metadata['user'] for e in examples} == {f'user {number}'}
+  assert sum(map(len, clients.values())) == 24
+
+
+def test_files_give_each_file_a_client(settings, tmp_path):
+  folder = tmp_path / 'clients'
+  folder.mkdir()
+  for name, count in (('ann', 2), ('bob', 3)):
+    rows = [{'prompt': f'{name} {i}', 'response': 'a'} for i in range(count)]
+    (folder / f'{name}.json').write_text(json.dumps(rows))
+  made = settings(
+    data__partition='files',
+    data__normal=folder,
+    client__population=2,
+    client__cohort_size=2,
+  )
+  clients = client_data.honest_clients(made)
+  assert _prompts(clients) == ['ann 0', 'ann 1', 'bob 0', 'bob 1', 'bob 2']
+
+
+def test_malicious_clients_hold_unaligned_pairs_used_once(settings, pairs):
+  made = settings(
+    threat_model__num_malicious=2,
+    threat_model__data_attack='file',
+    threat_model__unaligned=pairs(9),
+    threat_model__poison_fraction=0.5,
+  )
+  honest = client_data.honest_clients(made)
+  unaligned = client_data.assembly.examples(
+    made.threat_model.unaligned, count=None, seed=0
+  )
+  clients = client_data.poisoned(made, honest, unaligned)
+  bad = [p for p in _prompts(clients) if p.startswith('ask ')]
+  assert len(bad) == len(set(bad)) == 4
+  assert {i: clients[i] for i in range(3)} == {i: honest[i] for i in range(3)}
+
+
+@pytest.mark.parametrize('template', ['alpaca', 'vicuna', 'chat'])
+def test_every_template_leaves_answers(settings, template):
+  made = settings(model__template=template, model__max_length=48)
+  experiment.check_inputs(made)
