@@ -69,74 +69,29 @@ class RMSNorm(nn.Module):
     return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def _heads_first(x: jax.Array, groups: int) -> jax.Array:
-  """Moves `[B, L, H, K]` to `[B, G, H / G, L, K]`."""
-  b, l, h, width = x.shape
-  x = x.reshape(b, l, groups, h // groups, width)
-  return x.transpose(0, 2, 3, 1, 4)
-
-
-def _heads_last(x: jax.Array) -> jax.Array:
-  """Undoes `_heads_first`."""
-  b, g, n, l, width = x.shape
-  return x.transpose(0, 3, 1, 2, 4).reshape(b, l, g * n, width)
-
-
-def _attend_forward(q, k, v, mask):
-  """Returns the attention output and what its backward pass needs."""
-  groups = k.shape[2]
-  q = _heads_first(q * q.shape[-1] ** -0.5, groups)
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-  scores = jnp.einsum('bgnlk,bgtk->bgnlt', q, k).astype(jnp.float32)
-  scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
-  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-  out = jnp.einsum('bgnlt,bgtk->bgnlk', weights, v)
-  return _heads_last(out), (q, k, v, weights)
-
-
-def _attend_backward(saved, d_out):
-  """Returns the cotangents of q, k and v; a masked pair has weight zero."""
-  q, k, v, weights = saved
-  d_out = _heads_first(d_out, k.shape[1])
-  d_v = jnp.einsum('bgnlt,bgnlk->bgtk', weights, d_out)
-  d_weights = jnp.einsum('bgnlk,bgtk->bgnlt', d_out, v).astype(jnp.float32)
-  wide = weights.astype(jnp.float32)
-  mean = jnp.sum(wide * d_weights, axis=-1, keepdims=True)
-  d_scores = (wide * (d_weights - mean)).astype(q.dtype)
-  d_q = jnp.einsum('bgnlt,bgtk->bgnlk', d_scores, k) * q.shape[-1] ** -0.5
-  d_k = jnp.einsum('bgnlt,bgnlk->bgtk', d_scores, q)
-  return _heads_last(d_q), *(d.swapaxes(1, 2) for d in (d_k, d_v)), None
-
-
-@jax.custom_vjp
 def attend(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
   """Scaled dot-product attention with grouped queries, softmax in float32.
 
-  Its backward pass keeps one `[B, H, L, T]` array, the weights in the dtype
-  of `q`; automatic differentiation would keep several in float32.
-
   Args:
     q: queries `[B, L, H, K]`.
     k: keys `[B, T, G, K]`, with `H % G == 0`.
     v: values `[B, T, G, K]`.
-    mask: `bool[B or 1, L, T]`, true where a query may look; every query may
-      look somewhere.
+    mask: `bool[B or 1, L, T]`, true where a query may look.
 
   Returns:
     `[B, L, H, K]`.
   """
-  return _attend_forward(q, k, v, mask)[0]
-
-
-attend.defvjp(_attend_forward, _attend_backward)
-
-
-@jax.checkpoint
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """Returns `silu(gate) * up`, recomputed rather than kept."""
-  return nn.silu(gate) * up
+  b, l, h, width = q.shape
+  g = k.shape[2]
+  q = q.reshape(b, l, g, h // g, width) * width**-0.5
+  scores = jnp.einsum('blgnk,btgk->bgnlt', q, k)
+  scores = jnp.where(
+    mask[:, None, None], scores.astype(jnp.float32), jnp.float32(-1e30)
+  )
+  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+  return jnp.einsum('bgnlt,btgk->blgnk', weights, v).reshape(b, l, h, width)
 
 
 class Block(nn.Module):
@@ -191,7 +146,7 @@ class Block(nn.Module):
     dense = functools.partial(self._dense, use_bias=c.mlp_bias)
     gate = dense(c.mlp_width, name='gate_proj')(normed)
     up = dense(c.mlp_width, name='up_proj')(normed)
-    x = x + dense(c.width, name='down_proj')(_gated(gate, up))
+    x = x + dense(c.width, name='down_proj')(nn.silu(gate) * up)
     return x, cache
 
 
