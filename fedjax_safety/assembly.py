@@ -117,6 +117,9 @@ def make_sampler(
     model=decoder.Decoder(language_model.config, lora_scale=scale),
     base_params=language_model.base_params,
     tokenizer=language_model.tokenizer,
+    stop_ids=load.load_stop_ids(
+      language_model.directory, language_model.tokenizer
+    ),
     encode_prompts=functools.partial(
       templates.encode_prompts,
       language_model.template,

@@ -1,5 +1,6 @@
 """Reading models, tokenizers and adapters from Hugging Face directories."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -226,6 +227,36 @@ def load_tokenizer(
     )
   tokenizer.padding_side = 'right'
   return tokenizer
+
+
+def load_stop_ids(
+  directory: str | pathlib.Path,
+  tokenizer: transformers.PreTrainedTokenizerBase,
+) -> tuple[int, ...]:
+  """Returns the ids of the tokens that end an answer, sorted.
+
+  They are the tokenizer's end-of-sequence token and whatever
+  `generation_config.json` and `config.json` name besides: chat models end
+  their turn with a token of its own.
+
+  Raises:
+    ValueError: a file cannot be read or names something else than tokens.
+  """
+  found = {tokenizer.eos_token_id} - {None}
+  for name in ('generation_config.json', 'config.json'):
+    path = pathlib.Path(directory) / name
+    if not path.is_file():
+      continue
+    try:
+      named = json.loads(path.read_text()).get('eos_token_id')
+    except (AttributeError, ValueError) as error:
+      raise ValueError(f'{path} is no JSON object: {error}') from error
+    named = named if isinstance(named, list) else [named]
+    for token in named:
+      if token is not None and type(token) is not int:
+        raise ValueError(f'{path}: eos_token_id={token!r} must be a token id')
+      found.add(token)
+  return tuple(sorted(found - {None}))
 
 
 def check_tokenizer(

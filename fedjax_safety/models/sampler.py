@@ -133,6 +133,7 @@ class Sampler:
     tokenizer: a transformers tokenizer.
     encode_prompts: texts of requests to token ids, template applied.
     max_new_tokens: longest answer, in tokens.
+    stop_ids: tokens that end an answer.
     batch_size: rows of one program.
     length_bucket: prompts are padded to a multiple of this many tokens.
     progress: whether to show a progress bar.
@@ -142,6 +143,7 @@ class Sampler:
   base_params: types.BaseParams
   tokenizer: Any
   encode_prompts: Callable[[Sequence[str]], list[list[int]]]
+  stop_ids: tuple[int, ...]
   max_new_tokens: int = 64
   batch_size: int = 64
   length_bucket: int = 32
@@ -172,11 +174,6 @@ class Sampler:
         tokens[row, : len(encoded[i])] = encoded[i]
         lengths[row] = len(encoded[i])
       yield index, tokens, lengths
-
-  @property
-  def eos_ids(self) -> tuple[int, ...]:
-    """Tokens that end an answer."""
-    return (int(self.tokenizer.eos_token_id),)
 
   def generate(
     self,
@@ -220,7 +217,7 @@ class Sampler:
         max(temperature, 1e-6),
         top_p,
         max_new_tokens=self.max_new_tokens,
-        eos_ids=self.eos_ids,
+        eos_ids=self.stop_ids,
         greedy=temperature == 0,
       )
       for i, ids in zip(index, np.asarray(output), strict=False):

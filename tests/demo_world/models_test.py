@@ -22,6 +22,7 @@ def _sampler(name):
     encode_prompts=lambda prompts: templates.encode_prompts(
       model.template, model.tokenizer, prompts
     ),
+    stop_ids=(model.tokenizer.eos_token_id,),
     max_new_tokens=16,
     batch_size=128,
     progress=False,

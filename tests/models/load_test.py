@@ -279,6 +279,38 @@ def test_tokenizer_errors_say_what_is_wrong(tmp_path):
     load.load_tokenizer(tmp_path)
 
 
+class _Words:
+  eos_token_id = 2
+
+
+@pytest.mark.parametrize(
+  ('files', 'want'),
+  [
+    ({}, (2,)),
+    ({'generation_config.json': {'eos_token_id': [7, 5]}}, (2, 5, 7)),
+    (
+      {
+        'generation_config.json': {'eos_token_id': 9},
+        'config.json': {'eos_token_id': [2, 4]},
+      },
+      (2, 4, 9),
+    ),
+    ({'config.json': {'eos_token_id': None}}, (2,)),
+  ],
+)
+def test_every_named_token_ends_an_answer(tmp_path, files, want):
+  for name, content in files.items():
+    (tmp_path / name).write_text(json.dumps(content))
+  assert load.load_stop_ids(tmp_path, _Words()) == want
+
+
+@pytest.mark.parametrize('content', ['[1]', '{', '{"eos_token_id": "</s>"}'])
+def test_unreadable_stop_tokens_are_refused(tmp_path, content):
+  (tmp_path / 'generation_config.json').write_text(content)
+  with pytest.raises(ValueError, match='generation_config'):
+    load.load_stop_ids(tmp_path, _Words())
+
+
 def test_ids_beyond_the_embedding_are_refused(tmp_path, hf_config):
   _save_tokenizer(tmp_path, size=48, eos_token='word2')
   tokenizer = load.load_tokenizer(tmp_path)

@@ -112,8 +112,6 @@ def test_lengths_in_one_bucket_share_a_program(model):
   net, params = model
 
   class Words:
-    eos_token_id = 2
-
     def decode(self, ids, skip_special_tokens):
       del skip_special_tokens
       return ' '.join(map(str, ids))
@@ -123,6 +121,7 @@ def test_lengths_in_one_bucket_share_a_program(model):
     base_params=params,
     tokenizer=Words(),
     encode_prompts=lambda prompts: [[1] * len(p.split()) for p in prompts],
+    stop_ids=(2,),
     max_new_tokens=3,
     batch_size=2,
     length_bucket=8,
@@ -141,6 +140,6 @@ def test_lengths_in_one_bucket_share_a_program(model):
 @pytest.mark.parametrize('wrong', [{'temperature': -1.0}, {'top_p': 0.0}])
 def test_out_of_range_draws_are_refused(model, wrong):
   net, params = model
-  text = sampler.Sampler(net, params, None, lambda prompts: [[1]])
+  text = sampler.Sampler(net, params, None, lambda prompts: [[1]], (2,))
   with pytest.raises(ValueError, match=next(iter(wrong))):
     text.generate(None, ['a'], key=jax.random.key(0), **wrong)
