@@ -40,7 +40,12 @@ def _uneven(config: settings_lib.ExperimentConfig) -> list[Examples]:
       f'{len(clients)} clients under data.partition={data.partition!r}; set '
       f'--config.client.population={len(clients)} or less'
     )
-  return list(clients.values())[:population]
+  # Files and keys come in an order that means something; a sample does not.
+  everyone = list(clients.values())
+  chosen = random.Random(f'{config.seed}/clients').sample(
+    range(len(everyone)), population
+  )
+  return [everyone[client] for client in sorted(chosen)]
 
 
 def _even(config: settings_lib.ExperimentConfig) -> list[Examples]:

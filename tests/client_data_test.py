@@ -1,5 +1,6 @@
 """Tests of what clients hold, under every partition and template."""
 
+import dataclasses
 import json
 
 import pytest
@@ -80,6 +81,23 @@ def test_files_give_each_file_a_client(settings, tmp_path):
   )
   clients = client_data.honest_clients(made)
   assert _prompts(clients) == ['ann 0', 'ann 1', 'bob 0', 'bob 1', 'bob 2']
+
+
+def test_more_clients_than_the_population_are_drawn_by_the_seed(settings):
+  made = settings(
+    data__partition='natural',
+    data__partition_key='user',
+    client__population=2,
+    client__cohort_size=2,
+  )
+
+  def users(seed):
+    seeded = dataclasses.replace(made, seed=seed)
+    clients = client_data.honest_clients(seeded)
+    return tuple(c[0].metadata['user'] for c in clients.values())
+
+  assert users(0) == users(0)
+  assert len({users(seed) for seed in range(8)}) > 1
 
 
 def test_malicious_clients_hold_unaligned_pairs_used_once(settings, pairs):
