@@ -9,6 +9,7 @@ measures safety, helpfulness and over-refusal.
 """
 
 import errno
+import logging
 import shlex
 import sys
 import traceback
@@ -217,6 +218,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def run_main() -> None:
   """The console script."""
+  # Orbax logs the tracebacks of its threads; `run` tells the error itself.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
   sys.exit(run(sys.argv[1:]))
 
 
