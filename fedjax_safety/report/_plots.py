@@ -135,9 +135,9 @@ def _bar_titles(
   """
   group = _cut(columns[0].group, 50 if len(columns) > 1 else 26)
   axis.set_title(group, pad=10 + 13 * lines)
-  room = (24, 20, 14)[min(len(columns), 3) - 1]
+  room = (24, 18, 13)[min(len(columns), 3) - 1]
   titles = [
-    f'{_cut(c.title, room - 2)} (believe)' if c.believe else _cut(c.title, room)
+    f'{_cut(c.title, room - 4)} (believe)' if c.believe else _cut(c.title, room)
     for c in columns
   ]
   legend = axis.legend(
