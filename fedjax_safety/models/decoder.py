@@ -51,7 +51,7 @@ class Dense(nn.Module):
       dropout = nn.Dropout(
         self.lora_dropout, deterministic=not self.has_rng('dropout')
       )
-      y = y + (dropout(x) @ a) @ b * self.lora_scale
+      y = y + (dropout(x) @ a * self.lora_scale) @ b
     return y
 
 
@@ -69,29 +69,76 @@ class RMSNorm(nn.Module):
     return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
+def _heads_first(x: jax.Array, groups: int) -> jax.Array:
+  """Moves `[B, L, H, K]` to `[B, G, S, K]`, where S is `H / G * L`."""
+  b, l, h, width = x.shape
+  x = x.reshape(b, l, groups, h // groups, width)
+  return x.transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, width)
+
+
+def _heads_last(x: jax.Array, length: int) -> jax.Array:
+  """Undoes `_heads_first`."""
+  b, groups, _, width = x.shape
+  x = x.reshape(b, groups, -1, length, width)
+  return x.transpose(0, 3, 1, 2, 4).reshape(b, length, -1, width)
+
+
+def _attend_forward(q, k, v, mask):
+  """Returns the attention output and what its backward pass needs."""
+  (_, length, heads, width), groups = q.shape, k.shape[2]
+  # The queries of a group are rows of one product; a fifth axis would cost
+  # copies between the products and the softmax.
+  mask = jnp.tile(mask, (1, heads // groups, 1))[:, None]
+  q = _heads_first(q * width**-0.5, groups)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  scores = jnp.einsum('bgsk,bgtk->bgst', q, k).astype(jnp.float32)
+  scores = jnp.where(mask, scores, jnp.float32(-1e30))
+  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+  out = jnp.einsum('bgst,bgtk->bgsk', weights, v)
+  return _heads_last(out, length), (q, k, v, weights, out)
+
+
+def _attend_backward(saved, d_out):
+  """Returns the cotangents of q, k and v; a masked pair has weight zero."""
+  q, k, v, weights, out = saved
+  length, width = d_out.shape[1], d_out.shape[3]
+  d_out = _heads_first(d_out, k.shape[1])
+  d_v = jnp.einsum('bgst,bgsk->bgtk', weights, d_out)
+  d_weights = jnp.einsum('bgsk,bgtk->bgst', d_out, v).astype(jnp.float32)
+  # The mean of d_weights under the weights, without a pass over [S, T].
+  mean = jnp.sum(
+    out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True
+  )
+  d_scores = (weights * (d_weights - mean)).astype(q.dtype)
+  d_q = jnp.einsum('bgst,bgtk->bgsk', d_scores, k) * width**-0.5
+  d_k = jnp.einsum('bgst,bgsk->bgtk', d_scores, q)
+  d_k, d_v = d_k.swapaxes(1, 2), d_v.swapaxes(1, 2)
+  return _heads_last(d_q, length), d_k, d_v, None
+
+
+@jax.custom_vjp
 def attend(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
   """Scaled dot-product attention with grouped queries, softmax in float32.
 
+  Its backward pass keeps one `[B, H, L, T]` array, the weights in the dtype
+  of `q`; automatic differentiation would keep several in float32.
+
   Args:
     q: queries `[B, L, H, K]`.
     k: keys `[B, T, G, K]`, with `H % G == 0`.
     v: values `[B, T, G, K]`.
-    mask: `bool[B or 1, L, T]`, true where a query may look.
+    mask: `bool[B or 1, L, T]`, true where a query may look; every query may
+      look somewhere.
 
   Returns:
     `[B, L, H, K]`.
   """
-  b, l, h, width = q.shape
-  g = k.shape[2]
-  q = q.reshape(b, l, g, h // g, width) * width**-0.5
-  scores = jnp.einsum('blgnk,btgk->bgnlt', q, k)
-  scores = jnp.where(
-    mask[:, None, None], scores.astype(jnp.float32), jnp.float32(-1e30)
-  )
-  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-  return jnp.einsum('bgnlt,btgk->blgnk', weights, v).reshape(b, l, h, width)
+  return _attend_forward(q, k, v, mask)[0]
+
+
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Block(nn.Module):
