@@ -12,8 +12,11 @@ from fedjax_safety._version import __version__ as __version__
 _PURE_FLOOR = (
   'aggregators',
   'attacks',
+  'client_algorithms',
   'client_update',
+  'detection',
   'lora',
+  'lora_aggregators',
   'losses',
   'round',
   'server_update',

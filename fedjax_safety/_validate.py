@@ -70,18 +70,24 @@ def byzantine_bound(
     )
 
 
-def keywords(owner: str, function: Callable, given: Iterable[str]) -> None:
+def keywords(
+  owner: str,
+  function: Callable,
+  given: Iterable[str],
+  hidden: Iterable[str] = (),
+) -> None:
   """Raises unless `given` fits the function's keyword-only arguments.
 
   Args:
     owner: what is being built, for the message.
     function: the function that will receive the arguments.
     given: names of the arguments that were passed.
+    hidden: arguments of the function that are neither accepted nor missed.
   """
   parameters = {
     name: parameter
     for name, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in hidden
   }
   accepted = f'accepted: {", ".join(parameters) or "none"}'
   given = set(given)

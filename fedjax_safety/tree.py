@@ -7,18 +7,26 @@ whatever the leaves hold, and results have the dtype of their leaf.
 """
 
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjax_safety import types
+from fedjax_safety import _networks, types
 
 # Columns of one leaf that a CPU multiplies at a time, so that they stay in
 # its cache; other platforms take the leaf whole.
-_CPU_TILE = 16_384
+_CPU_TILE = 4_096
+# A CPU multiplies this many strips of a large leaf side by side: a loop over
+# tiles keeps one core busy.
+_CPU_STRIPS = 4
+_TILES_PER_STRIP = 32
+# Most products of a row and a number that are written out one by one, so that
+# made rows fuse with what reads them.
+_MAX_UNROLLED = 400
 
 
 def cohort_size(deltas: types.Deltas) -> int:
@@ -80,6 +88,32 @@ def mix(weights: types.Weights, deltas: types.Deltas) -> types.Adapter:
   return jax.tree.map(mix_leaf, deltas)
 
 
+def mix_rows(matrix: jax.Array, deltas: types.Deltas) -> types.Deltas:
+  """Returns `matrix @ deltas` for every leaf.
+
+  A new row that takes anything from a row with a NaN or an infinity is NaN
+  where that row is not finite; other rows do not notice.
+
+  Args:
+    matrix: [M, C] float32.
+    deltas: stacked tree, leaves [C, ...].
+
+  Returns:
+    A stacked tree, leaves [M, ...], each with the dtype of its leaf.
+  """
+
+  def unrolled(leaf):
+    return jnp.stack([mix(weights, leaf) for weights in matrix])
+
+  def tiled(leaf):
+    return lax.platform_dependent(
+      matrix, leaf, cpu=_tiled_mix_rows, default=_whole_mix_rows
+    ).astype(leaf.dtype)
+
+  small = matrix.size <= _MAX_UNROLLED
+  return jax.tree.map(unrolled if small else tiled, deltas)
+
+
 def where_rows(
   mask: types.RowMask, chosen: types.Deltas, other: types.Deltas
 ) -> types.Deltas:
@@ -99,6 +133,18 @@ def where_rows(
     return jnp.where(spread, a.astype(b.dtype), b)
 
   return jax.tree.map(choose, chosen, other)
+
+
+def keep_leaves(kept: types.PyTree, values: types.PyTree) -> types.PyTree:
+  """Replaces by 0 the leaves that are not kept.
+
+  Args:
+    kept: tree of bool scalars, Python's or traced.
+    values: tree of the same structure.
+  """
+  return jax.tree.map(
+    lambda keep, leaf: jnp.where(keep, leaf, jnp.zeros_like(leaf)), kept, values
+  )
 
 
 def row_norms(deltas: types.Deltas) -> jax.Array:
@@ -122,19 +168,22 @@ def finite_rows(deltas: types.Deltas) -> types.RowMask:
     deltas: stacked tree, leaves [C, ...].
   """
 
-  def probe(leaf):
-    # NaN and infinity survive the sum; 2**-64 keeps finite rows from
-    # overflowing. One pass, several times faster than reducing a mask.
-    small = jnp.abs(leaf.astype(jnp.float32)) * 2.0**-64
-    return jnp.sum(small, axis=tuple(range(1, leaf.ndim)))
-
-  return jnp.isfinite(total([probe(x) for x in jax.tree.leaves(deltas)]))
+  return jnp.isfinite(total([_probe(x, 1) for x in jax.tree.leaves(deltas)]))
 
 
 def all_finite(values: types.Adapter) -> jax.Array:
   """Returns a bool scalar: no leaf holds a NaN or an infinity."""
-  checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(values)]
-  return functools.reduce(operator.and_, checks)
+  return jnp.isfinite(total([_probe(x, 0) for x in jax.tree.leaves(values)]))
+
+
+def _probe(leaf: jax.Array, num_kept: int) -> jax.Array:
+  """Sums all but the first axes; the sum is finite where all entries are."""
+  # NaN and infinity survive, 2**-64 keeps finite values from overflowing. As
+  # a product it is several times faster on a CPU than reducing a mask.
+  small = jnp.full(leaf.shape[num_kept:], 2.0**-64, jnp.float32)
+  return jnp.tensordot(
+    leaf.astype(jnp.float32), small, small.ndim, precision='highest'
+  )
 
 
 def order_statistics(
@@ -153,11 +202,7 @@ def order_statistics(
   Returns:
     One array for each rank, in the order of `ranks`.
   """
-  wires = list(values)
-  for low, high in _pruned_network(len(wires), tuple(ranks)):
-    a, b = wires[low], wires[high]
-    wires[low], wires[high] = jnp.minimum(a, b), jnp.maximum(a, b)
-  return [wires[rank] for rank in ranks]
+  return _networks.order_statistics(values, tuple(ranks))
 
 
 def median(values: Sequence[jax.Array]) -> jax.Array:
@@ -172,51 +217,145 @@ def nonfinite_last(values: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(values), values, jnp.inf)
 
 
-def gram(
-  deltas: types.Deltas,
-  *,
-  center: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
+def gram(deltas: types.Deltas) -> jax.Array:
   """Returns the [C, C] inner products of the rows, summed over the leaves.
 
-  A row that holds a NaN or an infinity spoils its own row and column only.
+  Args:
+    deltas: stacked tree, leaves [C, ...], finite.
+  """
+
+  def products(leaf):
+    axes = tuple(range(1, leaf.ndim))
+    values = leaf.astype(jnp.float32)
+    return jnp.tensordot(
+      values, values, axes=(axes, axes), precision=lax.Precision.HIGHEST
+    )
+
+  return total([products(leaf) for leaf in jax.tree.leaves(deltas)])
+
+
+def centered_products(
+  deltas: types.Deltas, references: Sequence[types.Adapter] = ()
+) -> jax.Array:
+  """Returns inner products of the rows relative to a center, and of it.
+
+  The center is the coordinate-wise lower median of the rows, 0 where that is
+  not finite. Products are summed over the leaves, each leaf read once. A row
+  that holds a NaN or an infinity spoils its own row and column only.
 
   Args:
     deltas: stacked tree, leaves [C, ...].
-    center: maps a leaf [C, ...] to the point [...] that is taken from every
-      row first; None takes nothing.
+    references: E unstacked trees of the same structure, leaves [...].
 
   Returns:
-    [C, C] float32.
+    [C + E + 1, C + E + 1] float32: rows minus center, references minus
+    center, and last the center itself with its sign changed.
   """
-  return total([_leaf_gram(x, center) for x in jax.tree.leaves(deltas)])
+  others = [jax.tree.leaves(reference) for reference in references]
+  leaves = jax.tree.leaves(deltas)
+  return total(
+    [
+      _leaf_products(leaf, [other[i] for other in others])
+      for i, leaf in enumerate(leaves)
+    ]
+  )
 
 
-def pairwise_sq_dists(deltas: types.Deltas) -> jax.Array:
-  """Returns the [C, C] squared Euclidean distances between the rows.
+def _leaf_products(leaf: jax.Array, references: list[jax.Array]) -> jax.Array:
+  """Returns the products of one leaf."""
+  # Fused into the products, the center would be computed for each row.
+  center = lax.optimization_barrier(_median_row(leaf))
+  others = jnp.stack([*references, jnp.zeros_like(center)])
+  blocks = lax.platform_dependent(
+    leaf, others, center, cpu=_tiled_products, default=_whole_products
+  )
+  products, across, outside = blocks
+  upper = jnp.concatenate([products, across], axis=1)
+  lower = jnp.concatenate([across.T, outside], axis=1)
+  return jnp.concatenate([upper, lower])
 
-  The rows are centered on their coordinate-wise median before the inner
-  products are taken. A few rows of any size cannot move that center out of
-  the range of the others, so the distances among the others keep float32
-  accuracy; centered on the mean they would not.
 
-  Args:
-    deltas: stacked tree, leaves [C, ...].
+def _whole_products(rows, others, center) -> tuple[jax.Array, ...]:
+  """Multiplies a leaf at once; keeps any sharding of its parameter axes."""
+  rows = rows.astype(jnp.float32) - center
+  # Apart from each other: side by side they would have to be copied first.
+  others = others.astype(jnp.float32) - center
+  return _dot(rows, rows), _dot(rows, others), _dot(others, others)
 
-  Returns:
-    [C, C] float32, symmetric, at least 0. The diagonal is 0 for a finite row
-    and +inf for a row with a NaN or an infinity or so far out that its
-    squared distance from the center overflows; such a row is at distance
-    +inf from every row.
-  """
-  products = gram(deltas, center=_median_row)
-  squares = jnp.diagonal(products)
-  finite = jnp.isfinite(squares)
-  dists = squares[:, None] + squares[None, :] - products - products.T
-  dists = jnp.where(finite[:, None] & finite[None, :], dists, jnp.inf)
-  dists = jnp.where(jnp.isnan(dists), jnp.inf, jnp.maximum(dists, 0.0))
-  own = jnp.where(finite, 0.0, jnp.inf)
-  return jnp.where(jnp.eye(squares.size, dtype=bool), own[:, None], dists)
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns the inner products of the rows of two stacked arrays."""
+  axes = tuple(range(1, a.ndim))
+  return jnp.tensordot(a, b, axes=(axes, axes), precision=lax.Precision.HIGHEST)
+
+
+def _tiled_products(rows, others, center) -> tuple[jax.Array, ...]:
+  """Multiplies a leaf in tiles of columns that fit into a CPU's cache."""
+  flat = [
+    x.reshape(*x.shape[: x.ndim - center.ndim], center.size)
+    for x in (rows, others, center)
+  ]
+  num_tiles = center.size // _CPU_TILE
+  whole = num_tiles * _CPU_TILE
+
+  def add_tile(i, products):
+    start = i * _CPU_TILE
+    tile = _whole_products(
+      *(lax.dynamic_slice_in_dim(x, start, _CPU_TILE, axis=-1) for x in flat)
+    )
+    return jax.tree.map(operator.add, products, tile)
+
+  products = _whole_products(*(x[..., whole:] for x in flat))
+  nothing = jax.tree.map(jnp.zeros_like, products)
+  for first, end in _strips(num_tiles):
+    strip = lax.fori_loop(first, end, add_tile, nothing)
+    products = jax.tree.map(operator.add, products, strip)
+  return products
+
+
+def _strips(num_tiles: int) -> list[tuple[int, int]]:
+  """Cuts a number of tiles into runs that a CPU may work on at once."""
+  count = max(1, min(_CPU_STRIPS, num_tiles // _TILES_PER_STRIP))
+  bounds = [num_tiles * i // count for i in range(count + 1)]
+  return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+
+
+def _whole_mix_rows(matrix, leaf) -> jax.Array:
+  """Multiplies a matrix with a leaf, bad entries apart from the others."""
+  values = leaf.astype(jnp.float32)
+  bad = ~jnp.isfinite(values)
+  dot = functools.partial(jnp.tensordot, axes=1, precision='highest')
+  made = dot(matrix, jnp.where(bad, 0.0, values))
+  touched = dot((matrix != 0).astype(jnp.float32), bad.astype(jnp.float32))
+  return jnp.where(touched > 0, jnp.nan, made)
+
+
+def _tiled_mix_rows(matrix, leaf) -> jax.Array:
+  """Multiplies in tiles of columns that fit into a CPU's cache."""
+  flat = leaf.reshape(leaf.shape[0], -1)
+  num_tiles = flat.shape[1] // _CPU_TILE
+  whole = num_tiles * _CPU_TILE
+
+  def make(tile):
+    tile = tile.astype(jnp.float32)
+    # A bad entry spoils its column even where its factor is 0.
+    made = jnp.matmul(matrix, tile, precision='highest')
+    return lax.cond(
+      jnp.isfinite(_probe(made, 0)),
+      lambda: made,
+      lambda: _whole_mix_rows(matrix, tile),
+    )
+
+  def put_tile(i, made):
+    start = i * _CPU_TILE
+    tile = lax.dynamic_slice_in_dim(flat, start, _CPU_TILE, axis=1)
+    return lax.dynamic_update_slice_in_dim(made, make(tile), start, axis=1)
+
+  rest = make(flat[:, whole:])
+  made = jnp.pad(rest, ((0, 0), (whole, 0)))
+  if num_tiles:
+    made = lax.fori_loop(0, num_tiles, put_tile, made)
+  return made.reshape(matrix.shape[0], *leaf.shape[1:])
 
 
 def _median_row(leaf: jax.Array) -> jax.Array:
@@ -224,71 +363,3 @@ def _median_row(leaf: jax.Array) -> jax.Array:
   ordered = [nonfinite_last(row) for row in rows(leaf)]
   (middle,) = order_statistics(ordered, ((len(ordered) - 1) // 2,))
   return jnp.where(jnp.isfinite(middle), middle, 0.0)
-
-
-def _leaf_gram(leaf: jax.Array, center) -> jax.Array:
-  """Returns the [C, C] inner products of the rows of one leaf."""
-  if center is None:
-    point = jnp.zeros(leaf.shape[1:])
-  else:
-    # Fused into the products, the center would be computed for each row.
-    point = lax.optimization_barrier(center(leaf))
-  return lax.platform_dependent(
-    leaf, point, cpu=_tiled_products, default=_whole_products
-  )
-
-
-def _whole_products(leaf: jax.Array, point: jax.Array) -> jax.Array:
-  """Multiplies a leaf at once; keeps any sharding of its parameter axes."""
-  centered = leaf.astype(jnp.float32) - point
-  axes = tuple(range(1, leaf.ndim))
-  return jnp.tensordot(
-    centered, centered, axes=(axes, axes), precision=lax.Precision.HIGHEST
-  )
-
-
-def _tiled_products(leaf: jax.Array, point: jax.Array) -> jax.Array:
-  """Multiplies a leaf in tiles of columns that fit into a CPU's cache."""
-  flat, point = leaf.reshape(leaf.shape[0], -1), point.reshape(-1)
-  num_tiles = flat.shape[1] // _CPU_TILE
-  whole = num_tiles * _CPU_TILE
-
-  def add_tile(i, products):
-    start = i * _CPU_TILE
-    tile = lax.dynamic_slice_in_dim(flat, start, _CPU_TILE, axis=1)
-    middle = lax.dynamic_slice_in_dim(point, start, _CPU_TILE)
-    return products + _whole_products(tile, middle)
-
-  rest = _whole_products(flat[:, whole:], point[whole:])
-  return lax.fori_loop(0, num_tiles, add_tile, rest) if num_tiles else rest
-
-
-@functools.cache
-def _pruned_network(
-  size: int, ranks: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
-  """Keeps of a sorting network what the wires `ranks` depend on."""
-  needed, kept = set(ranks), []
-  for pair in reversed(_sorting_network(size)):
-    if not needed.isdisjoint(pair):
-      kept.append(pair)
-      needed.update(pair)
-  return tuple(reversed(kept))
-
-
-def _sorting_network(size: int) -> list[tuple[int, int]]:
-  """Returns Batcher's merge-exchange comparators (Knuth 5.2.2, M)."""
-  comparators = []
-  top = 1 << max(size - 1, 0).bit_length() >> 1
-  block = top
-  while block:
-    parity, stride, limit = 0, block, top
-    while True:
-      comparators.extend(
-        (i, i + stride) for i in range(size - stride) if i & block == parity
-      )
-      if limit == block:
-        break
-      parity, stride, limit = block, limit - block, limit >> 1
-    block >>= 1
-  return comparators

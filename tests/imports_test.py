@@ -16,8 +16,11 @@ ALLOWED = ('jax', 'jax.numpy', 'numpy', 'optax', 'chex')
 PURE_FLOOR = (
   'aggregators',
   'attacks',
+  'client_algorithms',
   'client_update',
+  'detection',
   'lora',
+  'lora_aggregators',
   'losses',
   'round',
   'server_update',

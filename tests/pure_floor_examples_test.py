@@ -10,7 +10,14 @@ MODULES = {
   'aggregators._coordinatewise': 7,
   'aggregators._mean': 4,
   'aggregators._selection': 4,
-  'attacks._update': 5,
+  'attacks._adaptive': 6,
+  'attacks._directed': 5,
+  'attacks._distance': 5,
+  'attacks._update': 10,
+  'detection': 6,
+  'aggregators._chain': 9,
+  'lora_aggregators._rules': 8,
+  'lora_aggregators._schemes': 5,
 }
 
 

@@ -1,4 +1,4 @@
-"""Stacked-tree maths: networks against sorting, distances against float64."""
+"""Stacked-tree maths: networks against sorting, products against float64."""
 
 import itertools
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from fedjax_safety import tree
+from fedjax_safety import _networks, tree
 
 SETTINGS = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 # Small integers make ties; infinities are the values of bad rows.
@@ -22,7 +22,7 @@ def test_network_sorts_every_zero_one_input(size):
   # By the zero-one principle it then sorts everything.
   bits = np.array(list(itertools.product([0, 1], repeat=size))).T
   wires = bits.copy()
-  for low, high in tree._pruned_network(size, tuple(range(size))):
+  for low, high in _networks.pruned(size, tuple(range(size))):
     a, b = wires[low].copy(), wires[high].copy()
     wires[low], wires[high] = np.minimum(a, b), np.maximum(a, b)
   np.testing.assert_array_equal(wires, np.sort(bits, axis=0))
@@ -57,108 +57,9 @@ def test_median_equals_numpy(values):
 
 
 def test_pruning_drops_comparators():
-  everything = len(tree._pruned_network(32, tuple(range(32))))
-  assert len(tree._pruned_network(32, (15, 16))) < 0.9 * everything
-  assert len(tree._pruned_network(32, (0,))) == 31
-
-
-def _true_dists(deltas) -> np.ndarray:
-  flat = np.concatenate(
-    [np.float64(x).reshape(len(x), -1) for x in jax.tree.leaves(deltas)],
-    axis=1,
-  )
-  return np.array([[np.sum((a - b) ** 2) for b in flat] for a in flat])
-
-
-def _close_rows(size: int = 300) -> dict:
-  """Returns 9 rows that differ by 1e-3 around a common row of size 1."""
-  rng = np.random.default_rng(0)
-  common = rng.standard_normal(size)
-  rows = common + 1e-3 * rng.standard_normal((9, size))
-  return {
-    'a': jnp.asarray(rows[:, : size // 3].reshape(9, 2, -1), jnp.float32),
-    'b': jnp.asarray(rows[:, size // 3 :], jnp.float32),
-  }
-
-
-BAD = jnp.array([2, 5])
-HONEST = np.ix_([0, 1, 3, 4, 6, 7, 8], [0, 1, 3, 4, 6, 7, 8])
-
-
-@pytest.mark.parametrize(
-  'spoil',
-  [
-    lambda x: x,
-    lambda x: x.at[BAD].multiply(1e3),
-    lambda x: x.at[BAD].multiply(1e6),
-    lambda x: x.at[BAD].multiply(-1e15),
-    lambda x: x.at[BAD].set(jnp.inf),
-    lambda x: x.at[BAD].set(jnp.nan),
-    lambda x: x.at[2].multiply(1e6).at[5].set(jnp.nan),
-  ],
-  ids=['clean', '1e3', '1e6', '-1e15', 'inf', 'nan', 'mixed'],
-)
-def test_honest_distances_survive_outliers(spoil):
-  deltas = _close_rows()
-  spoiled = jax.tree.map(spoil, deltas)
-  got = np.asarray(tree.pairwise_sq_dists(spoiled))
-  # Differences are exact to a rounding of the rows, 1e-4 of the spread; the
-  # distances add 300 such errors of random sign.
-  np.testing.assert_allclose(
-    got[HONEST], _true_dists(deltas)[HONEST], rtol=1e-4
-  )
-  assert (got >= 0).all()
-  np.testing.assert_array_equal(got, got.T)
-  np.testing.assert_array_equal(np.diagonal(got)[HONEST[0].ravel()], 0.0)
-
-
-def test_rows_centered_on_the_mean_would_lose_the_honest_distances():
-  deltas = jax.tree.map(lambda x: x.at[BAD].multiply(1e6), _close_rows())
-  flat = jnp.concatenate(
-    [x.reshape(9, -1) for x in jax.tree.leaves(deltas)], axis=1
-  )
-  centered = flat - flat.mean(axis=0)
-  gram = centered @ centered.T
-  squares = jnp.diagonal(gram)
-  got = np.asarray(squares[:, None] + squares[None, :] - 2 * gram)
-  errors = np.abs(got - _true_dists(_close_rows()))[HONEST]
-  assert errors.max() > _true_dists(_close_rows())[HONEST].max()
-
-
-def test_bad_rows_are_infinitely_far():
-  deltas = _close_rows()
-  deltas['b'] = deltas['b'].at[5, 7].set(jnp.nan)
-  got = np.asarray(tree.pairwise_sq_dists(deltas))
-  assert np.isinf(got[5]).all()
-  assert np.isinf(got[:, 5]).all()
-  assert np.isfinite(np.delete(np.delete(got, 5, 0), 5, 1)).all()
-
-
-def test_rows_whose_distance_overflows_count_as_infinitely_far():
-  deltas = jax.tree.map(lambda x: x.at[5].set(1e30), _close_rows())
-  got = np.asarray(tree.pairwise_sq_dists(deltas))
-  assert np.isinf(got[5]).all()
-  assert np.isfinite(np.delete(np.delete(got, 5, 0), 5, 1)).all()
-
-
-def test_most_rows_bad_gives_no_nan():
-  deltas = jax.tree.map(lambda x: x.at[:6].set(jnp.nan), _close_rows())
-  got = np.asarray(tree.pairwise_sq_dists(deltas))
-  assert not np.isnan(got).any()
-  np.testing.assert_allclose(
-    got[6:, 6:], _true_dists(_close_rows())[6:, 6:], rtol=0.1, atol=1e-4
-  )
-
-
-@pytest.mark.parametrize('columns', [1, 16_384, 40_000])
-def test_tiles_and_whole_leaves_give_the_same_products(columns):
-  leaf = jax.random.normal(jax.random.key(0), (4, columns))
-  point = jnp.ones(columns)
-  want = np.float64(leaf - 1) @ np.float64(leaf - 1).T
-  for products in (tree._tiled_products, tree._whole_products):
-    np.testing.assert_allclose(
-      products(leaf, point), want, rtol=1e-5, atol=1e-5 * columns**0.5
-    )
+  everything = len(_networks.pruned(32, tuple(range(32))))
+  assert len(_networks.pruned(32, (15, 16))) < 0.9 * everything
+  assert len(_networks.pruned(32, (0,))) == 31
 
 
 def test_gram_of_a_tree_is_that_of_its_vector():
@@ -197,3 +98,58 @@ def test_where_rows_keeps_the_other_rows_bit_by_bit():
     np.asarray(got[0]).view(np.uint16), np.asarray(other[0]).view(np.uint16)
   )
   np.testing.assert_array_equal(got[1].astype(jnp.float32), 7.0)
+
+
+def _rows_of_four_kinds(columns: int) -> np.ndarray:
+  """Returns 25 rows, a NaN in row 3, an infinity in row 7."""
+  rows = np.random.default_rng(2).standard_normal((25, columns))
+  rows[3, columns // 2] = np.nan
+  rows[7, columns - 1] = -np.inf
+  return rows.astype(np.float32)
+
+
+# One row in one column, less than a tile, and tiles with a rest.
+@pytest.mark.parametrize('columns', [1, 50, 10_000])
+@pytest.mark.parametrize('num_rows', [1, 10, 25])
+def test_mix_rows_equals_a_product_and_spoils_what_it_must(num_rows, columns):
+  rows = _rows_of_four_kinds(columns)
+  matrix = np.random.default_rng(3).uniform(-1, 1, (num_rows, 25))
+  matrix = matrix.astype(np.float32)
+  matrix[:, 3] = np.arange(num_rows) % 2
+  matrix[:, 7] = np.arange(num_rows) % 3 == 1
+  got = np.asarray(jax.jit(tree.mix_rows)(matrix, jnp.asarray(rows)))
+  bad = ~np.isfinite(rows)
+  want = np.float64(matrix) @ np.where(bad, 0.0, rows)
+  spoiled = (matrix != 0).astype(int) @ bad.astype(int) > 0
+  np.testing.assert_array_equal(~np.isfinite(got), spoiled)
+  np.testing.assert_allclose(got[~spoiled], want[~spoiled], rtol=0, atol=1e-5)
+
+
+def test_mix_rows_keeps_shapes_and_dtypes():
+  leaf = jnp.ones((25, 2, 3), jnp.bfloat16)
+  for num_rows in (2, 25):
+    got = tree.mix_rows(jnp.full((num_rows, 25), 0.04), leaf)
+    assert got.shape == (num_rows, 2, 3)
+    assert got.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('value', [jnp.nan, jnp.inf, -jnp.inf])
+def test_all_finite_sees_one_bad_entry_and_no_large_one(value):
+  large = {'a': jnp.full((3, 4), 3e38), 'b': jnp.full(5, -3e38)}
+  assert tree.all_finite(large)
+  assert not tree.all_finite(large | {'c': jnp.zeros(()).at[()].set(value)})
+  assert not tree.all_finite(large | {'a': large['a'].at[2, 3].set(value)})
+
+
+def test_both_ways_to_order_a_pair_agree():
+  values = [jnp.array(row) for row in itertools.permutations([1.0, -2.0, 3.0])]
+  for order in (_networks._order, _networks._order_by_select):
+    got = _networks._run((0, 3, 5), order, *values)
+    want = np.sort(np.stack(values), axis=0)[[0, 3, 5]]
+    np.testing.assert_array_equal(np.stack(got), want)
+
+
+def test_order_statistics_have_the_derivative_of_the_chosen_value():
+  values = jnp.array([3.0, 1.0, 2.0])
+  got = jax.grad(lambda x: tree.order_statistics(list(x), (1,))[0])(values)
+  np.testing.assert_array_equal(got, [0.0, 0.0, 1.0])

@@ -33,10 +33,13 @@ class Aggregator(NamedTuple):
 
   Attributes:
     init: `init(adapter) -> state`, from an unstacked adapter as template.
-    update: `update(deltas, state, *, weights, key) -> AggregatorOutput`.
+    update: `update(deltas, state, *, weights, key, **extra) ->
+      AggregatorOutput`.
       `weights` [C] says how much each client counts; None counts all alike.
       Clients choose what they report, so that only `mean` heeds it; the
       robust rules count all alike. `key` is used by random rules alone.
+      `extra` holds what `inputs(name)` lists besides: `root_delta`, the
+      server's own delta; `loss_fn`, delta -> loss on the server's data.
   """
 
   init: Callable[[types.Adapter], types.AggregatorState]
@@ -51,10 +54,8 @@ class RuleOutput(NamedTuple):
   finite: types.RowMask
 
 
-# (deltas, weights, key) -> RuleOutput.
-Rule = Callable[
-  [types.Deltas, types.Weights | None, types.PRNGKey | None], RuleOutput
-]
+# (deltas, *, weights, key, **extra) -> RuleOutput.
+Rule = Callable[..., RuleOutput]
 
 
 def stateless(rule: Rule, *, cohort_size: int) -> Aggregator:
@@ -64,14 +65,28 @@ def stateless(rule: Rule, *, cohort_size: int) -> Aggregator:
     del adapter
     return ()
 
-  def update(deltas, state, *, weights, key):
+  def update(deltas, state, **runtime):
+    return rule(deltas, **runtime), state
+
+  return stateful(init, update, cohort_size=cohort_size)
+
+
+def stateful(
+  init: Callable[[types.Adapter], types.AggregatorState],
+  rule: Callable[..., tuple[RuleOutput, types.AggregatorState]],
+  *,
+  cohort_size: int,
+) -> Aggregator:
+  """Wraps `rule(deltas, state, *, weights, key, **extra) -> output, state`."""
+
+  def update(deltas, state, *, weights, key, **extra):
     got = tree.cohort_size(deltas)
     if got != cohort_size:
       raise ValueError(
         f'cohort_size={cohort_size} differs from the {got} rows of deltas; '
         'build the aggregator with the cohort size of the round'
       )
-    output = rule(deltas, weights, key)
+    output, state = rule(deltas, state, weights=weights, key=key, **extra)
     metrics = {'num_nonfinite': jnp.sum(~output.finite, dtype=jnp.int32)}
     return AggregatorOutput(output.delta, state, output.client_weights, metrics)
 

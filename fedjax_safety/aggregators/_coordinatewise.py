@@ -1,18 +1,34 @@
-"""Rules that treat every coordinate on its own: median and trimmed mean.
+"""Rules that treat every coordinate on its own: medians, means and signs.
 
 A value that is NaN or infinite counts as one Byzantine value of its
 coordinate: it sorts to the upper end. Coordinates with more of them than the
 rule can bear are 0 in the result.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
-from fedjax_safety import _validate, tree, types
-from fedjax_safety.aggregators import _base
+from fedjax_safety import _validate, tree
+from fedjax_safety.aggregators import _rule
 
 
-def median(deltas: types.Deltas) -> types.Adapter:
+def _check(name: str) -> Callable[..., None]:
+  """Returns the check of a rule that needs an honest majority."""
+
+  def check(cohort_size: int, *, num_byzantine: int) -> None:
+    _validate.byzantine_bound(name, num_byzantine, cohort_size, 2, 1)
+
+  return check
+
+
+@_rule.coordinatewise(
+  paper='Yin et al., ICML 2018',
+  guarantee='(f, κ), κ = 4(1 + f/(n−2f))²',
+  needs='n ≥ 2f + 1',
+)
+def median(values: Sequence[jax.Array]) -> jax.Array:
   """Returns the median of the clients in every coordinate.
 
   For an even number of clients it is the mean of the two middle values. As
@@ -34,11 +50,18 @@ def median(deltas: types.Deltas) -> types.Adapter:
   Reference: Yin, Chen, Ramchandran, Bartlett. Byzantine-Robust Distributed
   Learning: Towards Optimal Statistical Rates. ICML 2018.
   """
-  tree.cohort_size(deltas)
-  return jax.tree.map(_median_leaf, deltas)
+  return tree.median(values)
 
 
-def trimmed_mean(deltas: types.Deltas, *, num_byzantine: int) -> types.Adapter:
+@_rule.coordinatewise(
+  check=_check('trimmed_mean'),
+  paper='Yin et al., ICML 2018',
+  guarantee='(f, κ), κ = 6f/(n−2f)·(1 + f/(n−2f))',
+  needs='n ≥ 2f + 1',
+)
+def trimmed_mean(
+  values: Sequence[jax.Array], *, num_byzantine: int
+) -> jax.Array:
   """Returns, in every coordinate, the mean without the extremes.
 
   The `num_byzantine` lowest and as many highest values are left out. With at
@@ -66,74 +89,196 @@ def trimmed_mean(deltas: types.Deltas, *, num_byzantine: int) -> types.Adapter:
   Reference: Yin, Chen, Ramchandran, Bartlett. Byzantine-Robust Distributed
   Learning: Towards Optimal Statistical Rates. ICML 2018.
   """
-  _check_trimmed_mean(tree.cohort_size(deltas), num_byzantine)
-  return jax.tree.map(lambda x: _trimmed_leaf(x, num_byzantine), deltas)
-
-
-def build_median(cohort_size: int) -> _base.Aggregator:
-  """Builds the coordinate-wise median."""
-  return _coordinatewise(median, cohort_size)
-
-
-def build_trimmed_mean(
-  cohort_size: int, *, num_byzantine: int
-) -> _base.Aggregator:
-  """Builds the coordinate-wise trimmed mean."""
-  _check_trimmed_mean(cohort_size, num_byzantine)
-  return _coordinatewise(
-    lambda deltas: trimmed_mean(deltas, num_byzantine=num_byzantine),
-    cohort_size,
-  )
-
-
-def _coordinatewise(function, cohort_size) -> _base.Aggregator:
-  """Wraps `deltas -> delta`, without shares of the clients."""
-
-  def rule(deltas, weights, key):
-    del weights, key
-    return _base.RuleOutput(function(deltas), None, tree.finite_rows(deltas))
-
-  return _base.stateless(rule, cohort_size=cohort_size)
-
-
-def _check_trimmed_mean(cohort_size: int, num_byzantine: int) -> None:
-  _validate.byzantine_bound('trimmed_mean', num_byzantine, cohort_size, 2, 1)
-
-
-def _median_leaf(leaf: jax.Array) -> jax.Array:
-  """Returns the median of the rows of one leaf."""
-  middle = tree.median([tree.nonfinite_last(row) for row in tree.rows(leaf)])
-  return _finite_or_zero(middle).astype(leaf.dtype)
-
-
-def _trimmed_leaf(leaf: jax.Array, num_byzantine: int) -> jax.Array:
-  """Returns the trimmed mean of the rows of one leaf.
-
-  Two cut-off ranks are enough: values below the lower one count as it, and so
-  do those above the upper one, whose surplus is then taken off. Relative to
-  the lower cut-off, equal rows give exactly that row.
-  """
-  f, values = num_byzantine, tree.rows(leaf)
-  finite = [jnp.isfinite(value) for value in values]
-  values = [tree.nonfinite_last(value) for value in values]
-  low, high = tree.order_statistics(values, (f, len(values) - 1 - f))
-  num_finite = tree.total(
-    [is_finite.astype(jnp.float32) for is_finite in finite]
-  )
-  # Values that are not finite stand at the upper end and are trimmed first.
-  surplus = jnp.maximum(f - (len(values) - num_finite), 0.0)
+  # Two cut-off ranks are enough: values below the lower one count as it, and
+  # so do those above the upper one, whose surplus is then taken off. Relative
+  # to the lower cut-off, equal rows give exactly that row.
+  f, n = num_byzantine, len(values)
+  low, high = tree.order_statistics(values, (f, n - 1 - f))
+  borne = high < jnp.inf
+  # Values that are not finite stand at the upper end and are trimmed first;
+  # where they are more than f, nothing else is trimmed there.
+  top = jnp.where(borne, high, low)
   excess = tree.total(
     [
-      jnp.where(is_finite, jnp.clip(value, low, high) - low, 0.0)
-      for value, is_finite in zip(values, finite, strict=True)
+      jnp.where(value < jnp.inf, jnp.clip(value, low, high), top) - low
+      for value in values
     ]
   )
-  excess -= jnp.where(surplus > 0, surplus * (high - low), 0.0)
-  kept = num_finite - f - surplus
-  result = jnp.where(kept > 0, low + excess / jnp.maximum(kept, 1.0), 0.0)
-  return _finite_or_zero(result).astype(leaf.dtype)
+  excess -= f * (top - low)
+  kept = jnp.where(borne, n - 2.0 * f, _num_finite(values) - f)
+  return jnp.where(kept > 0, low + excess / jnp.maximum(kept, 1.0), 0.0)
 
 
-def _finite_or_zero(values: jax.Array) -> jax.Array:
-  """Replaces what is not finite by 0, which leaves the model as it is."""
-  return jnp.where(jnp.isfinite(values), values, 0.0)
+def _num_finite(values: Sequence[jax.Array]) -> jax.Array:
+  """Counts the values below +inf in every coordinate."""
+  return tree.total([(value < jnp.inf).astype(jnp.float32) for value in values])
+
+
+@_rule.coordinatewise(
+  check=_check('meamed'),
+  paper='Xie, Koyejo, Gupta, 2018',
+  guarantee='resilient in every coordinate',
+  needs='n ≥ 2f + 1',
+)
+def meamed(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:
+  """Returns, in every coordinate, the mean of the values around the median.
+
+  The `num_byzantine` values farthest from the median are left out; of two
+  that are equally far, the larger one. A value that is NaN or infinite is
+  left out first. 0 gives the mean.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from fedjax_safety import aggregators
+    >>> deltas = jnp.array([[1.0], [9.0], [2.0]])
+    >>> print(aggregators.meamed(deltas, num_byzantine=1))
+    [1.5]
+
+  Args:
+    deltas: stacked tree, leaves [C, ...].
+    num_byzantine: values to leave out; below C / 2.
+
+  Returns:
+    The delta, leaves [...].
+
+  Raises:
+    ValueError: if half of the clients or more would be left out.
+
+  Reference: Xie, Koyejo, Gupta. Generalized Byzantine-tolerant SGD.
+  arXiv 1802.10116, 2018.
+  """
+  n = len(values)
+  ordered = tree.order_statistics(values, range(n))
+  center = 0.5 * ordered[(n - 1) // 2] + 0.5 * ordered[n // 2]
+  return _mean_around(center, ordered, num_byzantine)
+
+
+@_rule.coordinatewise(
+  check=_check('phocas'),
+  paper='Xie, Koyejo, Gupta, 2018',
+  guarantee='resilient in every coordinate',
+  needs='n ≥ 2f + 1',
+)
+def phocas(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:
+  """Returns, in every coordinate, the mean around the trimmed mean.
+
+  The `num_byzantine` values farthest from the trimmed mean are left out; of
+  two that are equally far, the larger one. A value that is NaN or infinite is
+  left out first. 0 gives the mean.
+
+  Args:
+    deltas: stacked tree, leaves [C, ...].
+    num_byzantine: values to leave out, and to trim at either end for the
+      center; below C / 2.
+
+  Returns:
+    The delta, leaves [...].
+
+  Raises:
+    ValueError: if half of the clients or more would be left out.
+
+  Reference: Xie, Koyejo, Gupta. Phocas: Dimensional Byzantine-resilient
+  Stochastic Gradient Descent. arXiv 1805.09682, 2018.
+  """
+  n, f = len(values), num_byzantine
+  ordered = tree.order_statistics(values, range(n))
+  center = _mean_relative_to(ordered[f], ordered[f : n - f])
+  return _mean_around(center, ordered, f)
+
+
+def _mean_around(
+  center: jax.Array, ordered: Sequence[jax.Array], num_byzantine: int
+) -> jax.Array:
+  """Returns the mean of the n - f sorted values nearest to a center."""
+  # They lie side by side. Starting from the lowest n - f, the next above
+  # replaces the lowest while it is nearer to the center: value s gives way to
+  # value s + n - f. Chosen one by one, so that no outlier enters the sum.
+  f, size = num_byzantine, len(ordered) - num_byzantine
+  nearest = list(ordered[f:size])
+  for low, high in zip(ordered[:f], ordered[size:], strict=True):
+    nearest.append(jnp.where(high - center < center - low, high, low))
+  return _mean_relative_to(center, nearest)
+
+
+def _mean_relative_to(
+  origin: jax.Array, values: Sequence[jax.Array]
+) -> jax.Array:
+  """Returns the mean of the finite values; exact if all are the origin."""
+  excess = [jnp.where(v < jnp.inf, v - origin, 0.0) for v in values]
+  count = jnp.maximum(_num_finite(values), 1.0)
+  return origin + tree.total(excess) / count
+
+
+@_rule.coordinatewise(
+  paper='Bernstein et al., ICLR 2019',
+  guarantee='a minority cannot turn an agreed sign',
+)
+def sign_majority(values: Sequence[jax.Array]) -> jax.Array:
+  """Returns, in every coordinate, the sign that most clients have.
+
+  The result is -1, 0 or 1: where as many are positive as negative, 0. A value
+  that is 0, NaN or infinite has no vote. The size of the step is the server's
+  learning rate alone.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from fedjax_safety import aggregators
+    >>> print(aggregators.sign_majority(jnp.array([[2.0], [0.1], [-1e9]])))
+    [1.]
+
+  Args:
+    deltas: stacked tree, leaves [C, ...].
+
+  Returns:
+    The delta, leaves [...].
+
+  Reference: Bernstein, Zhao, Azizzadenesheli, Anandkumar. signSGD with
+  Majority Vote is Communication Efficient and Fault Tolerant. ICLR 2019.
+  """
+  return jnp.sign(_votes(values))
+
+
+def _check_robust_learning_rate(
+  cohort_size: int, *, threshold: float | jax.Array
+) -> None:
+  if isinstance(threshold, int | float):
+    _validate.in_range(0, cohort_size, threshold=threshold)
+
+
+@_rule.coordinatewise(
+  check=_check_robust_learning_rate,
+  paper='Özdayi, Kantarcioglu, Gel, AAAI 2021',
+  guarantee='none; aims at backdoors',
+)
+def robust_learning_rate(
+  values: Sequence[jax.Array], *, threshold: float
+) -> jax.Array:
+  """Returns the mean, turned around where the clients' signs disagree.
+
+  A coordinate keeps its mean if its positive values outnumber its negative
+  ones, or the reverse, by `threshold` or more; elsewhere the sign is turned,
+  which undoes what only a few clients want. A value that is NaN or infinite
+  has neither a vote nor a part in the mean. The size of a single value is not
+  bounded.
+
+  Args:
+    deltas: stacked tree, leaves [C, ...].
+    threshold: in clients, from 0, which gives the mean, to C.
+
+  Returns:
+    The delta, leaves [...].
+
+  Raises:
+    ValueError: if the threshold is out of range.
+
+  Reference: Özdayi, Kantarcioglu, Gel. Defending against Backdoors in
+  Federated Learning with Robust Learning Rate. AAAI 2021.
+  """
+  agreed = jnp.abs(_votes(values)) >= threshold
+  mean = _mean_relative_to(jnp.zeros_like(values[0]), values)
+  return jnp.where(agreed, mean, -mean)
+
+
+def _votes(values: Sequence[jax.Array]) -> jax.Array:
+  """Adds up the signs of the finite values."""
+  return tree.total([jnp.where(v < jnp.inf, jnp.sign(v), 0.0) for v in values])

@@ -7,12 +7,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjax_safety import _validate, tree, types
-from fedjax_safety.aggregators import _base
+from fedjax_safety.aggregators import _base, _rule
 
 
+def _check_residual_reweighting(
+  cohort_size: int, *, confidence: float, threshold: float
+) -> None:
+  _validate.positive(confidence=confidence)
+  _validate.in_range(0.0, 1.0, threshold=threshold)
+  if cohort_size < 3:
+    raise ValueError(
+      f'cohort_size={cohort_size} must be at least 3 (residual_reweighting): '
+      'a line fits two clients exactly'
+    )
+
+
+@_rule.whole(
+  check=_check_residual_reweighting,
+  paper='Fu et al., 2019',
+  guarantee='none proven',
+  cost='C² P',
+  needs='n ≥ 3',
+  acts_on='factors',
+)
 def residual_reweighting(
   deltas: types.Deltas, *, confidence: float = 2.0, threshold: float = 0.1
-) -> types.Adapter:
+) -> _base.RuleOutput:
   """Returns the mean of deltas reweighted by their residuals from a line.
 
   In every coordinate a repeated-median line is fitted to the sorted values
@@ -41,34 +61,6 @@ def residual_reweighting(
   Reference: Fu, Xie, Li, Chen. Attack-Resistant Federated Learning with
   Residual-based Reweighting. arXiv 1912.11464, 2019.
   """
-  _check_cohort(tree.cohort_size(deltas))
-  return _reweight(deltas, confidence, threshold).delta
-
-
-def build_residual_reweighting(
-  cohort_size: int, *, confidence: float = 2.0, threshold: float = 0.1
-) -> _base.Aggregator:
-  """Builds residual-based reweighting."""
-  _check_cohort(cohort_size)
-  _validate.positive(confidence=confidence)
-  _validate.in_range(0.0, 1.0, threshold=threshold)
-  return _base.stateless(
-    lambda deltas, weights, key: _reweight(deltas, confidence, threshold),
-    cohort_size=cohort_size,
-  )
-
-
-def _check_cohort(cohort_size: int) -> None:
-  """Raises unless a line has a point to spare."""
-  if cohort_size < 3:
-    raise ValueError(
-      f'cohort_size={cohort_size} must be at least 3 (residual_reweighting): '
-      'a line fits two clients exactly'
-    )
-
-
-def _reweight(deltas, confidence, threshold) -> _base.RuleOutput:
-  """Fits every leaf, then weighs clients by what all leaves say."""
   finite = tree.finite_rows(deltas)
   leaves, structure = jax.tree.flatten(deltas)
   fits = [_fit_leaf(leaf, confidence, threshold) for leaf in leaves]

@@ -4,12 +4,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjax_safety import tree, types
-from fedjax_safety.aggregators import _base
+from fedjax_safety.aggregators import _base, _rule
 
 
+@_rule.whole(
+  paper='McMahan et al., AISTATS 2017',
+  guarantee='none',
+  cost='C P, one read',
+  acts_on='factors or product',
+)
 def mean(
   deltas: types.Deltas, *, weights: types.Weights | None = None
-) -> types.Adapter:
+) -> _base.RuleOutput:
   """Returns the weighted mean of the clients' deltas.
 
   A row with a NaN or an infinity has weight 0, and so has a row whose weight
@@ -34,19 +40,7 @@ def mean(
   Reference: McMahan, Moore, Ramage, Hampson, Aguera y Arcas. Communication-
   Efficient Learning of Deep Networks from Decentralized Data. AISTATS 2017.
   """
-  return _mean(deltas, weights).delta
-
-
-def build_mean(cohort_size: int) -> _base.Aggregator:
-  """Builds the weighted mean."""
-  return _base.stateless(
-    lambda deltas, weights, key: _mean(deltas, weights),
-    cohort_size=cohort_size,
-  )
-
-
-def _mean(deltas, weights) -> _base.RuleOutput:
-  """Means all rows, and looks for bad ones only if the result is bad."""
+  # All rows at first; bad ones are looked for only if the result is bad.
   cohort_size = tree.cohort_size(deltas)
   if weights is None:
     weights = jnp.ones(cohort_size)

@@ -17,15 +17,59 @@ reading has a name here, `variant`:
 import jax
 import jax.numpy as jnp
 
-from fedjax_safety import _validate, tree, types
-from fedjax_safety.aggregators import _base
+from fedjax_safety import _validate, types
+from fedjax_safety.aggregators import _base, _geometry, _rule
 
 _VARIANTS = ('paper', 'byzfl', 'openfedllm')
 
 
+def _check_bound(cohort_size: int, num_byzantine: int, variant: str) -> None:
+  """Raises unless the cohort is large enough for the variant."""
+  factor, offset = {'paper': (2, 3), 'byzfl': (2, 1), 'openfedllm': (1, 1)}[
+    variant
+  ]
+  _validate.byzantine_bound(
+    f'krum, variant {variant}', num_byzantine, cohort_size, factor, offset
+  )
+
+
+def _check_krum(cohort_size: int, *, num_byzantine: int, variant: str) -> None:
+  _validate.one_of(_VARIANTS[:2], variant=variant)
+  _check_bound(cohort_size, num_byzantine, variant)
+
+
+def _check_multi_krum(
+  cohort_size: int,
+  *,
+  num_byzantine: int,
+  num_selected: int | None,
+  variant: str,
+) -> None:
+  _validate.one_of(_VARIANTS, variant=variant)
+  _check_bound(cohort_size, num_byzantine, variant)
+  most = cohort_size - num_byzantine
+  if num_selected is None:
+    return
+  _validate.in_range(1, most, num_selected=num_selected)
+  if variant == 'openfedllm' and num_selected != most:
+    raise ValueError(
+      f'num_selected={num_selected} must be cohort_size - num_byzantine = '
+      f'{most} (multi_krum, variant openfedllm); leave it out'
+    )
+
+
+@_rule.affine(
+  check=_check_krum,
+  paper='Blanchard et al., NeurIPS 2017',
+  guarantee='(f, κ), κ = 6(1 + f/(n−2f))',
+  needs='n ≥ 2f + 3',
+)
 def krum(
-  deltas: types.Deltas, *, num_byzantine: int, variant: str = 'paper'
-) -> types.Adapter:
+  geometry: _geometry.Geometry,
+  *,
+  num_byzantine: int,
+  variant: str = 'paper',
+) -> jax.Array:
   """Returns the row that lies closest to its nearest neighbors.
 
   The result is one of the rows, bit by bit. Equal scores go to the lowest
@@ -53,17 +97,22 @@ def krum(
   Reference: Blanchard, El Mhamdi, Guerraoui, Stainer. Machine Learning with
   Adversaries: Byzantine Tolerant Gradient Descent. NeurIPS 2017.
   """
-  _check_krum(tree.cohort_size(deltas), num_byzantine, variant)
-  return _select(deltas, num_byzantine, 1, variant).delta
+  return _select(geometry, num_byzantine, 1, variant)
 
 
+@_rule.affine(
+  check=_check_multi_krum,
+  paper='Blanchard et al., NeurIPS 2017',
+  guarantee='(f, κ) by Bareilles et al., 2026',
+  needs='n ≥ 2f + 3',
+)
 def multi_krum(
-  deltas: types.Deltas,
+  geometry: _geometry.Geometry,
   *,
   num_byzantine: int,
   num_selected: int | None = None,
   variant: str = 'paper',
-) -> types.Adapter:
+) -> jax.Array:
   """Returns the mean of the rows that lie closest to their neighbors.
 
   Equal scores go to the lowest row. A row with a NaN or an infinity is
@@ -87,90 +136,28 @@ def multi_krum(
   Reference: Blanchard, El Mhamdi, Guerraoui, Stainer. Machine Learning with
   Adversaries: Byzantine Tolerant Gradient Descent. NeurIPS 2017.
   """
-  count = _check_multi_krum(
-    tree.cohort_size(deltas), num_byzantine, num_selected, variant
-  )
-  return _select(deltas, num_byzantine, count, variant).delta
-
-
-def build_krum(
-  cohort_size: int, *, num_byzantine: int, variant: str = 'paper'
-) -> _base.Aggregator:
-  """Builds Krum."""
-  _check_krum(cohort_size, num_byzantine, variant)
-  return _base.stateless(
-    lambda deltas, weights, key: _select(deltas, num_byzantine, 1, variant),
-    cohort_size=cohort_size,
-  )
-
-
-def build_multi_krum(
-  cohort_size: int,
-  *,
-  num_byzantine: int,
-  num_selected: int | None = None,
-  variant: str = 'paper',
-) -> _base.Aggregator:
-  """Builds multi-Krum."""
-  count = _check_multi_krum(cohort_size, num_byzantine, num_selected, variant)
-  return _base.stateless(
-    lambda deltas, weights, key: _select(deltas, num_byzantine, count, variant),
-    cohort_size=cohort_size,
-  )
-
-
-def _check_bound(cohort_size: int, num_byzantine: int, variant: str) -> None:
-  """Raises unless the cohort is large enough for the variant."""
-  factor, offset = {'paper': (2, 3), 'byzfl': (2, 1), 'openfedllm': (1, 1)}[
-    variant
-  ]
-  _validate.byzantine_bound(
-    f'krum, variant {variant}', num_byzantine, cohort_size, factor, offset
-  )
-
-
-def _check_krum(cohort_size: int, num_byzantine: int, variant: str) -> None:
-  _validate.one_of(_VARIANTS[:2], variant=variant)
-  _check_bound(cohort_size, num_byzantine, variant)
-
-
-def _check_multi_krum(
-  cohort_size: int,
-  num_byzantine: int,
-  num_selected: int | None,
-  variant: str,
-) -> int:
-  """Returns the number of rows to average, checked."""
-  _validate.one_of(_VARIANTS, variant=variant)
-  _check_bound(cohort_size, num_byzantine, variant)
-  most = cohort_size - num_byzantine
-  if num_selected is None:
-    return most - 2 if variant == 'paper' else most
-  _validate.in_range(1, most, num_selected=num_selected)
-  if variant == 'openfedllm' and num_selected != most:
-    raise ValueError(
-      f'num_selected={num_selected} must be cohort_size - num_byzantine = '
-      f'{most} (multi_krum, variant openfedllm); leave it out'
-    )
-  return num_selected
+  return _select(geometry, num_byzantine, num_selected, variant)
 
 
 def _select(
-  deltas: types.Deltas, num_byzantine: int, count: int, variant: str
-) -> _base.RuleOutput:
-  """Selects `count` rows by the variant's score and averages them."""
-  sq_dists = tree.pairwise_sq_dists(deltas)
-  finite = jnp.isfinite(jnp.diagonal(sq_dists))
+  geometry: _geometry.Geometry,
+  num_byzantine: int,
+  num_selected: int | None,
+  variant: str,
+) -> jax.Array:
+  """Returns equal shares [C] of the rows with the lowest scores."""
+  sq_dists, finite = geometry.sq_dists, geometry.finite
+  neighbors = finite.size - num_byzantine
   if variant == 'openfedllm':
-    kept = _best_neighborhood(sq_dists, finite, count)
-  else:
-    neighbors = sq_dists.shape[0] - num_byzantine
-    neighbors -= 2 if variant == 'paper' else 1
-    # The nearest of all is the row itself, at distance 0.
-    nearest = jnp.sort(sq_dists, axis=1)[:, 1 : neighbors + 1]
-    kept = _base.keep_lowest(jnp.sum(nearest, axis=1), finite, count)
-  shares = _base.normalized(kept)
-  return _base.RuleOutput(tree.mix(shares, deltas), shares, finite)
+    return _base.normalized(_best_neighborhood(sq_dists, finite, neighbors))
+  neighbors -= 2 if variant == 'paper' else 1
+  if num_selected is None:
+    num_selected = finite.size - num_byzantine
+    num_selected -= 2 if variant == 'paper' else 0
+  # The nearest of all is the row itself, at distance 0.
+  nearest = jnp.sort(sq_dists, axis=1)[:, 1 : neighbors + 1]
+  scores = jnp.sum(nearest, axis=1)
+  return _base.normalized(_base.keep_lowest(scores, finite, num_selected))
 
 
 def _best_neighborhood(

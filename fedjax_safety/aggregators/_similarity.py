@@ -1,17 +1,29 @@
-"""A rule that looks for clients that are too much alike: FoolsGold."""
+"""Rules that look for clients that are too much alike: FoolsGold."""
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_safety import _validate, tree, types
-from fedjax_safety.aggregators import _base
+from fedjax_safety.aggregators import _base, _geometry, _rule
 
 _VARIANTS = ('paper', 'openfedllm')
 # Keeps the ratio of similarities and the logarithm finite.
 _EPSILON = 1e-5
 
 
-def foolsgold(deltas: types.Deltas, *, variant: str = 'paper') -> types.Adapter:
+def _check_foolsgold(cohort_size: int, *, variant: str) -> None:
+  del cohort_size
+  _validate.one_of(_VARIANTS, variant=variant)
+
+
+@_rule.affine(
+  check=_check_foolsgold,
+  paper='Fung et al., RAID 2020',
+  guarantee='none; aims at sybils',
+)
+def foolsgold(
+  geometry: _geometry.Geometry, *, variant: str = 'paper'
+) -> jax.Array:
   """Returns the deltas weighted down by their likeness to other clients.
 
   A client's weight lies in [0, 1] and falls with its largest cosine
@@ -34,32 +46,76 @@ def foolsgold(deltas: types.Deltas, *, variant: str = 'paper') -> types.Adapter:
   Reference: Fung, Yoon, Beschastnikh. The Limitations of Federated Learning
   in Sybil Settings. RAID 2020.
   """
-  _validate.one_of(_VARIANTS, variant=variant)
-  return _foolsgold(deltas, variant).delta
+  return _coefficients(geometry.products, geometry.finite, variant)
 
 
-def build_foolsgold(
+@_rule.stateful(
+  check=_check_foolsgold,
+  paper='Fung et al., RAID 2020',
+  guarantee='none; aims at sybils',
+  cost='C² P, three reads, C P kept',
+  needs='the same client in a row every round',
+  acts_on='factors',
+)
+def foolsgold_history(
   cohort_size: int, *, variant: str = 'paper'
 ) -> _base.Aggregator:
-  """Builds FoolsGold."""
-  _validate.one_of(_VARIANTS, variant=variant)
-  return _base.stateless(
-    lambda deltas, weights, key: _foolsgold(deltas, variant),
-    cohort_size=cohort_size,
-  )
+  """Returns the deltas weighted down by the likeness of their histories.
+
+  As `foolsgold`, but cosines are between the sums of all deltas that the
+  clients have sent so far, as the paper has it: honest clients differ more
+  and more over the rounds, while sybils that share a goal do not. It is for
+  cohorts that hold the same clients in the same rows in every round.
+
+  A row with a NaN or an infinity has weight 0 in that round, adds nothing to
+  its client's history and is compared to nobody. Called with deltas it runs
+  the first round, which is `foolsgold`.
+
+  Args:
+    deltas: stacked tree, leaves [C, ...].
+    variant: `paper` adds the weighted rows up; `openfedllm` divides the sum
+      by the number of rows whose weight is not 0.
+
+  Returns:
+    The delta, leaves [...].
+
+  Raises:
+    ValueError: if the variant is unknown.
+
+  Reference: Fung, Yoon, Beschastnikh. The Limitations of Federated Learning
+  in Sybil Settings. RAID 2020.
+  """
+
+  def init(adapter):
+    return jax.tree.map(
+      lambda leaf: jnp.zeros((cohort_size, *leaf.shape), jnp.float32), adapter
+    )
+
+  def update(deltas, history, **_):
+    finite = tree.finite_rows(deltas)
+    history = jax.tree.map(
+      lambda past, leaf: past + leaf.astype(jnp.float32),
+      history,
+      tree.where_rows(finite, deltas, jax.tree.map(jnp.zeros_like, deltas)),
+    )
+    geometry = _geometry.measure(history)
+    usable = finite & geometry.finite
+    rates = _coefficients(geometry.products, usable, variant)
+    shares = _base.normalized(rates)
+    output = _base.RuleOutput(tree.mix(rates, deltas), shares, finite)
+    return output, history
+
+  return _base.stateful(init, update, cohort_size=cohort_size)
 
 
-def _foolsgold(deltas, variant) -> _base.RuleOutput:
-  """Weighs the rows by their cosines and adds them up."""
-  products = tree.gram(deltas)
-  finite = jnp.isfinite(jnp.diagonal(products))
-  learning_rates = _learning_rates(_cosines(products, finite), finite)
-  factors = learning_rates
+def _coefficients(
+  products: jax.Array, finite: types.RowMask, variant: str
+) -> jax.Array:
+  """Returns the coefficients [C] of the rows in the delta."""
+  rates = _learning_rates(_cosines(products, finite), finite)
   if variant == 'openfedllm':
-    factors = factors / jnp.maximum(jnp.sum(factors > 0), 1)
-  return _base.RuleOutput(
-    tree.mix(factors, deltas), _base.normalized(learning_rates), finite
-  )
+    rates = rates / jnp.maximum(jnp.sum(rates > 0), 1)
+  return rates
 
 
 def _cosines(products: jax.Array, finite: types.RowMask) -> jax.Array:

@@ -7,9 +7,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_safety import _validate, tree, types
-from fedjax_safety.aggregators import _base
+from fedjax_safety.aggregators import _base, _rule
 
 
+def _check_dnc(
+  cohort_size: int,
+  *,
+  num_byzantine: int,
+  num_iterations: int,
+  filter_fraction: float,
+  num_coordinates: int,
+) -> None:
+  _validate.byzantine_bound('dnc', num_byzantine, cohort_size, 2, 1)
+  _validate.positive(
+    num_iterations=num_iterations, num_coordinates=num_coordinates
+  )
+  _validate.non_negative(filter_fraction=filter_fraction)
+  num_removed = math.floor(filter_fraction * num_byzantine)
+  if num_removed >= cohort_size:
+    raise ValueError(
+      f'filter_fraction={filter_fraction} removes {num_removed} rows of '
+      f'cohort_size={cohort_size} (dnc); at least one must be left'
+    )
+
+
+@_rule.whole(
+  check=_check_dnc,
+  paper='Shejwalkar, Houmansadr, NDSS 2021',
+  guarantee='under bounded spread',
+  cost='C² b + C P, one read',
+  needs='n ≥ 2f + 1, a key',
+  acts_on='factors',
+)
 def dnc(
   deltas: types.Deltas,
   *,
@@ -18,7 +47,7 @@ def dnc(
   num_iterations: int = 1,
   filter_fraction: float = 1.0,
   num_coordinates: int = 10_000,
-) -> types.Adapter:
+) -> _base.RuleOutput:
   """Returns the mean of the rows that no iteration calls outliers.
 
   Each iteration samples coordinates, projects the rows on the direction in
@@ -49,72 +78,8 @@ def dnc(
   Reference: Shejwalkar, Houmansadr. Manipulating the Byzantine: Optimizing
   Model Poisoning Attacks and Defenses for Federated Learning. NDSS 2021.
   """
-  num_removed = _check_dnc(
-    tree.cohort_size(deltas),
-    num_byzantine,
-    num_iterations,
-    filter_fraction,
-    num_coordinates,
-  )
-  return _dnc(deltas, key, num_removed, num_iterations, num_coordinates).delta
-
-
-def build_dnc(
-  cohort_size: int,
-  *,
-  num_byzantine: int,
-  num_iterations: int = 1,
-  filter_fraction: float = 1.0,
-  num_coordinates: int = 10_000,
-) -> _base.Aggregator:
-  """Builds DnC."""
-  num_removed = _check_dnc(
-    cohort_size,
-    num_byzantine,
-    num_iterations,
-    filter_fraction,
-    num_coordinates,
-  )
-  return _base.stateless(
-    lambda deltas, weights, key: _dnc(
-      deltas, key, num_removed, num_iterations, num_coordinates
-    ),
-    cohort_size=cohort_size,
-  )
-
-
-def _check_dnc(
-  cohort_size: int,
-  num_byzantine: int,
-  num_iterations: int,
-  filter_fraction: float,
-  num_coordinates: int,
-) -> int:
-  """Returns the rows that an iteration removes, checked."""
-  _validate.byzantine_bound('dnc', num_byzantine, cohort_size, 2, 1)
-  _validate.positive(
-    num_iterations=num_iterations, num_coordinates=num_coordinates
-  )
-  _validate.non_negative(filter_fraction=filter_fraction)
-  num_removed = math.floor(filter_fraction * num_byzantine)
-  if num_removed >= cohort_size:
-    raise ValueError(
-      f'filter_fraction={filter_fraction} removes {num_removed} rows of '
-      f'cohort_size={cohort_size} (dnc); at least one must be left'
-    )
-  return num_removed
-
-
-def _dnc(
-  deltas: types.Deltas,
-  key: types.PRNGKey,
-  num_removed: int,
-  num_iterations: int,
-  num_coordinates: int,
-) -> _base.RuleOutput:
-  """Averages the rows that pass the most iterations."""
   finite = tree.finite_rows(deltas)
-  count = finite.size - num_removed
+  count = finite.size - math.floor(filter_fraction * num_byzantine)
   leaves = jax.tree.leaves(deltas)
 
   def passes(sample):

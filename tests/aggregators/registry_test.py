@@ -14,7 +14,7 @@ def test_every_name_is_also_a_plain_rule():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (('krmu', 11, {}), r"did you mean 'krum'\?.*known: dnc, foolsgold, krum"),
+    (('krmu', 11, {}), r"did you mean 'krum'\?.*known: .*, dnc, .*, krum,"),
     (
       ('krum', 8, {'num_byzantin': 1}),
       r"did you mean 'num_byzantine'\?.*accepted: num_byzantine, variant",

@@ -3,8 +3,11 @@
 The devices are made in a process of their own, which runs this file.
 """
 
+import functools
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -15,21 +18,56 @@ import pytest
 
 import fedjax_safety
 from fedjax_safety import aggregators
+from fedjax_safety.aggregators import _rule
 
 COHORT = 8
 ROOT = pathlib.Path(fedjax_safety.__file__).resolve().parents[1]
 KWARGS = {
+  'bulyan': {'num_byzantine': 1},
+  'caf': {'num_byzantine': 2},
+  'centered_clipping': {'clip_norm': 4.0},
+  'cge': {'num_byzantine': 2},
   'dnc': {'num_byzantine': 2, 'num_coordinates': 40},
+  'dp_mean_adaptive': {'noise_multiplier': 0.5},
   'krum': {'num_byzantine': 2},
+  'mda': {'num_byzantine': 2},
+  'meamed': {'num_byzantine': 2},
+  'monna': {'num_byzantine': 2},
   'multi_krum': {'num_byzantine': 2},
+  'norm_bounded_mean': {'max_norm': 4.0},
+  'phocas': {'num_byzantine': 2},
+  'robust_learning_rate': {'threshold': 3.0},
+  'smea': {'num_byzantine': 2},
   'trimmed_mean': {'num_byzantine': 2},
+  'zeno': {'num_byzantine': 2},
 }
+
+
+def _runtime(name: str, deltas) -> dict:
+  """Returns what else a rule asks for: the server's delta or its loss."""
+  root = jax.tree.map(lambda x: x[0], deltas)
+
+  def loss_fn(delta):
+    squares = jax.tree.map(lambda x, r: jnp.sum((x - r) ** 2), delta, root)
+    return sum(jax.tree.leaves(squares))
+
+  extra = {'root_delta': root, 'loss_fn': loss_fn}
+  return {k: v for k, v in extra.items() if k in aggregators.inputs(name)}
 
 
 @pytest.mark.parametrize('axis', ['clients', 'parameters'])
 def test_eight_devices_equal_one(axis):
+  assert set(_in_eight_devices(axis)) == set(aggregators.names())
+
+
+def test_coordinatewise_rules_gather_no_deltas():
+  assert _in_eight_devices('programs') == _coordinatewise()
+
+
+def _in_eight_devices(what: str) -> list[str]:
+  """Runs this file on eight devices and returns the names it prints."""
   done = subprocess.run(
-    [sys.executable, __file__, axis],
+    [sys.executable, __file__, what],
     env=os.environ
     | {
       'PYTHONPATH': str(ROOT),
@@ -40,7 +78,14 @@ def test_eight_devices_equal_one(axis):
     text=True,
   )
   assert done.returncode == 0, done.stderr[-4000:]
-  assert set(done.stdout.split()) == set(aggregators.names())
+  return done.stdout.split()
+
+
+def _first_round(name: str, aggregator, deltas, key):
+  """Updates from a fresh state."""
+  state = aggregator.init(jax.tree.map(lambda x: x[0] * 0, deltas))
+  extra = _runtime(name, deltas)
+  return aggregator.update(deltas, state, weights=None, key=key, **extra)
 
 
 def _check(axis: str) -> None:
@@ -64,9 +109,7 @@ def _check(axis: str) -> None:
     aggregator = aggregators.build(
       name, cohort_size=COHORT, **KWARGS.get(name, {})
     )
-    update = jax.jit(
-      lambda d, k, a=aggregator: a.update(d, (), weights=None, key=k)
-    )
+    update = jax.jit(functools.partial(_first_round, name, aggregator))
     one = update(jax.tree.map(jnp.asarray, deltas), key)
     many = update(spread, key)
     jax.tree.map(
@@ -78,5 +121,57 @@ def _check(axis: str) -> None:
     print(name)
 
 
+def _check_no_gathering() -> None:
+  """Reads the programs of coordinate-wise rules over sharded parameters."""
+  mesh = jax.make_mesh(
+    (8,), ('parameters',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  spec = jax.NamedSharding(mesh, jax.P(None, 'parameters'))
+  shapes = {'a': (COHORT, 64, 5), 'b': (COHORT, 4096)}
+  deltas = {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spec)
+    for name, shape in shapes.items()
+  }
+  for name in _coordinatewise():
+    aggregator = aggregators.build(
+      name, cohort_size=COHORT, **KWARGS.get(name, {})
+    )
+    update = jax.jit(functools.partial(_first_round, name, aggregator))
+    program = update.lower(deltas, jax.random.key(0)).compile().as_text()
+    assert not _moves(program), (name, _moves(program))
+    print(name)
+  # The reading of programs sees a gathering where there is one.
+  gathering = jax.jit(
+    lambda d: jax.lax.with_sharding_constraint(d['b'], spec.update(spec=()))
+  )
+  assert _moves(gathering.lower(deltas).compile().as_text())
+
+
+def _coordinatewise() -> list[str]:
+  """Returns the names of the coordinate-wise rules."""
+  return [
+    name
+    for name in aggregators.names()
+    if _rule.REGISTRY[name].kind == 'coordinatewise'
+  ]
+
+
+def _moves(program: str) -> list[str]:
+  """Returns the lines that send arrays of the size of a leaf's row or more."""
+  found = []
+  for line in program.splitlines():
+    match = re.search(
+      r'= \(?\w+\[([\d,]*)\].* (all-gather|all-to-all|all-reduce|'
+      r'collective-permute)(-start)?\(',
+      line,
+    )
+    if match and math.prod(map(int, filter(None, match[1].split(',')))) >= 40:
+      found.append(line)
+  return found
+
+
 if __name__ == '__main__':
-  _check(sys.argv[1])
+  if sys.argv[1] == 'programs':
+    _check_no_gathering()
+  else:
+    _check(sys.argv[1])
