@@ -83,11 +83,11 @@ def _stable_id(path: Sequence[str]) -> int:
 def effective_delta(adapter: Tree, scale: float) -> Tree:
   """Returns `scale * a @ b` for every pair, `[layers, D_in, D_out]` each."""
   return jax.tree.map(
-    lambda pair: _product(pair, scale), adapter, is_leaf=_is_pair
+    lambda pair: _product(pair, scale), adapter, is_leaf=is_pair
   )
 
 
-def _is_pair(node: Any) -> bool:
+def is_pair(node: Any) -> bool:
   """Whether a node of an adapter is one projection's pair of factors."""
   return isinstance(node, Mapping) and set(node) == {'a', 'b'}
 
@@ -113,7 +113,7 @@ def merge(base_params: Tree, adapter: Tree, scale: float) -> Tree:
   for name, child in base_params.items():
     if name not in adapter:
       out[name] = child
-    elif _is_pair(adapter[name]):
+    elif is_pair(adapter[name]):
       pair, kernel = adapter[name], child['kernel']
       total = kernel.astype(jnp.float32) + _product(pair, scale)
       out[name] = {**child, 'kernel': total.astype(kernel.dtype)}
@@ -138,4 +138,4 @@ def pad_rank(adapter: Tree, rank: int) -> Tree:
       'b': jnp.pad(pair['b'], ((0, 0), (0, extra), (0, 0))),
     }
 
-  return jax.tree.map(pad, adapter, is_leaf=_is_pair)
+  return jax.tree.map(pad, adapter, is_leaf=is_pair)
