@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_safety import types
+from fedjax_safety import tree, types
 
 # (base_params, adapter, tokens[B, L], loss_mask[B, L], key) -> scalar loss
 LossFn = Callable[..., jax.Array]
@@ -32,6 +32,18 @@ def adamw(
   return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
+def sgd(
+  learning_rate: jax.Array, *, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+  """SGD without momentum; decay adds `weight_decay * w` to the gradient."""
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate)
+  )
+
+
+OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
+
+
 def local_update(
   base_params: types.BaseParams,
   adapter: types.Adapter,
@@ -42,6 +54,8 @@ def local_update(
   *,
   loss_fn: LossFn,
   optimizer: Callable[[jax.Array], optax.GradientTransformation] = adamw,
+  trainable: types.PyTree | None = None,
+  correct: Callable[..., types.Adapter] | None = None,
 ) -> ClientOutput:
   """Trains a copy of the adapter for S steps and returns its change.
 
@@ -57,6 +71,9 @@ def local_update(
     learning_rate: scalar, constant within the round.
     loss_fn: `(base_params, adapter, tokens, loss_mask, key) -> loss`.
     optimizer: makes an optax transformation from a learning rate.
+    trainable: tree of bool scalars; leaves that are not stay as they are, and
+      have delta 0. None trains all.
+    correct: `(grads, adapter) -> grads`, before the optimizer sees them.
 
   Returns:
     The delta and the losses.
@@ -73,7 +90,15 @@ def local_update(
       step_mask,
       jax.random.fold_in(key, index),
     )
+    if trainable is not None:
+      # A gradient that is known to be 0 is not computed.
+      grads = tree.keep_leaves(trainable, grads)
+    if correct is not None:
+      grads = correct(grads, adapter)
     updates, state = transform.update(grads, state, adapter)
+    if trainable is not None:
+      # Weight decay moves a leaf without any gradient.
+      updates = tree.keep_leaves(trainable, updates)
     return (optax.apply_updates(adapter, updates), state), loss
 
   steps = jnp.arange(tokens.shape[0])

@@ -1,10 +1,24 @@
 """Checks of one arm's settings against their ranges and each other."""
 
-from fedjax_safety import _validate, aggregators, attacks, server_update
+from fedjax_safety import (
+  _validate,
+  aggregators,
+  attacks,
+  client_algorithms,
+  client_update,
+  lora_aggregators,
+  privacy,
+  server_update,
+)
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import cohort, poison, templates
 from fedjax_safety.evaluation import rules
 from fedjax_safety.models import config as model_config
+
+# Rules with a history of each row, which is a client only if all take part.
+_REMEMBER_ROWS = ('fldetector', 'foolsgold_history')
+# Schemes whose factors mean the same in every round.
+_ONE_BASIS = ('factors', 'ffa', 'ffa_product')
 
 
 def check(config: settings_lib.ExperimentConfig) -> None:
@@ -33,11 +47,21 @@ def _check_algorithms(config: settings_lib.ExperimentConfig) -> None:
         f'num_malicious=0'
       )
   try:
-    aggregators.build(
-      config.defense.aggregator,
+    defense = config.defense
+    lora_aggregators.build(
+      defense.lora_aggregation,
+      defense.aggregator,
       cohort_size=config.client.cohort_size,
-      **config.defense.aggregator_kwargs,
+      rule_kwargs=defense.aggregator_kwargs,
     )
+    lora_aggregators.check_server(
+      defense.lora_aggregation,
+      optimizer=server.optimizer,
+      learning_rate=server.learning_rate,
+    )
+    _check_rule(config)
+    _check_client(config)
+    privacy.check(config)
     attacks.build(threat.update_attack, **threat.update_attack_kwargs)
     server_update.build(
       server.optimizer, learning_rate=server.learning_rate, **server.kwargs
@@ -45,9 +69,47 @@ def _check_algorithms(config: settings_lib.ExperimentConfig) -> None:
   except TypeError as error:
     # What a comparison raises where an argument is text, for example.
     raise ValueError(
-      f'an argument in defense.aggregator_kwargs or '
-      f'threat_model.update_attack_kwargs has the wrong type: {error}'
+      f'an argument in defense.aggregator_kwargs, client.algorithm_kwargs, '
+      f'server.kwargs or threat_model.update_attack_kwargs has the wrong type: '
+      f'{error}'
     ) from error
+
+
+def _check_client(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless the clients' algorithm works with what else is set."""
+  client, scheme = config.client, config.defense.lora_aggregation
+  client_algorithms.build(
+    client.algorithm, population=client.population, **client.algorithm_kwargs
+  )
+  client_algorithms.check_optimizer(
+    client.algorithm,
+    optimizer=client.optimizer,
+    final_learning_rate=min(client.learning_rate, client.final_learning_rate),
+  )
+  if client.algorithm == 'scaffold' and scheme not in _ONE_BASIS:
+    raise ValueError(
+      f"client.algorithm='scaffold' needs defense.lora_aggregation to be one "
+      f'of {", ".join(_ONE_BASIS)}, which train the same factors in every '
+      f'round; got {scheme!r}'
+    )
+
+
+def _check_rule(config: settings_lib.ExperimentConfig) -> None:
+  """Raises unless a round gives the rule all that it works on."""
+  name, client = config.defense.aggregator, config.client
+  missing = aggregators.inputs(name) - {'key', 'weights'}
+  if missing:
+    raise ValueError(
+      f'defense.aggregator={name!r} needs {", ".join(sorted(missing))} from '
+      f'the server, which a run does not have; choose another rule, or call '
+      f'aggregators.{name} from Python'
+    )
+  if name in _REMEMBER_ROWS and client.cohort_size != client.population:
+    raise ValueError(
+      f'defense.aggregator={name!r} remembers every row, so that rows must be '
+      f'the same clients in every round; set client.cohort_size='
+      f'{client.cohort_size} to client.population={client.population}'
+    )
 
 
 def _check_names(config: settings_lib.ExperimentConfig) -> None:
@@ -57,6 +119,11 @@ def _check_names(config: settings_lib.ExperimentConfig) -> None:
     'model.template': (templates.NAMES, config.model.template),
     'model.dtype': (settings_lib.DTYPES, config.model.dtype),
     'client.schedule': (cohort.SCHEDULES, config.client.schedule),
+    'client.optimizer': (client_update.OPTIMIZERS, config.client.optimizer),
+    'client.algorithm': (
+      client_algorithms.ALGORITHMS,
+      config.client.algorithm,
+    ),
     'data.partition': (settings_lib.PARTITIONS, config.data.partition),
     'threat_model.placement': (poison.PLACEMENTS, threat.placement),
     'threat_model.data_attack': (settings_lib.DATA_ATTACKS, threat.data_attack),

@@ -18,13 +18,16 @@ import numpy as np
 import tqdm
 
 from fedjax_safety import (
-  aggregators,
   assembly,
   attacks,
+  client_algorithms,
   client_data,
   client_update,
+  detection,
   interrupt,
   lora,
+  lora_aggregators,
+  privacy,
   server_update,
   types,
 )
@@ -35,6 +38,8 @@ from fedjax_safety import round as round_lib
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import batching, cohort, templates
 from fedjax_safety.models import sharding
+
+_DETECTION = frozenset(f'defense/{name}' for name in detection.NAMES)
 
 EncodedClients = Mapping[int, templates.EncodedExamples]
 
@@ -53,31 +58,42 @@ def start(
   mesh: jax.sharding.Mesh | None,
 ) -> tuple[Any, round_lib.RoundState]:
   """Returns the jitted round and the state before the first one."""
-  threat, server = config.threat_model, config.server
-  aggregator = aggregators.build(
+  threat, server, client = config.threat_model, config.server, config.client
+  scheme = lora_aggregators.build(
+    config.defense.lora_aggregation,
     config.defense.aggregator,
     cohort_size=config.client.cohort_size,
-    **config.defense.aggregator_kwargs,
+    scale=config.lora.scale,
+    rule_kwargs=config.defense.aggregator_kwargs,
   )
   optimizer = server_update.build(
     server.optimizer, learning_rate=server.learning_rate, **server.kwargs
+  )
+  algorithm = client_algorithms.build(
+    client.algorithm, population=client.population, **client.algorithm_kwargs
   )
   attack = None
   if threat.update_attack != 'none':
     attack = attacks.build(threat.update_attack, **threat.update_attack_kwargs)
   adapter = fresh_adapter(config, language_model, mesh)
-  state = _on_mesh(round_lib.init_state(adapter, aggregator, optimizer), mesh)
+  state = _on_mesh(
+    round_lib.init_state(adapter, scheme.aggregator, optimizer, algorithm),
+    mesh,
+  )
   round_fn = round_lib.make_round(
     local_update=functools.partial(
       client_update.local_update,
       loss_fn=assembly.make_loss(assembly.make_decoder(language_model, config)),
       optimizer=functools.partial(
-        client_update.adamw, weight_decay=config.client.weight_decay
+        client_update.OPTIMIZERS[client.optimizer],
+        weight_decay=client.weight_decay,
       ),
     ),
-    aggregator=aggregator,
+    aggregator=scheme.aggregator,
     optimizer=optimizer,
+    algorithm=algorithm,
     attack=attack,
+    trainable=scheme.trainable,
     clients_per_chunk=config.performance.clients_per_chunk or None,
     mesh=mesh,
     state_shardings=mesh and jax.tree.map(lambda x: x.sharding, state),
@@ -160,8 +176,19 @@ def _on_mesh(
 
 
 def _record(config, arm, round_index, metrics, seconds) -> dict[str, Any]:
-  """Returns a round's line in metrics.jsonl, from arrays."""
-  values = {k: np.asarray(v).tolist() for k, v in metrics.items()}
+  """Returns a round's line in metrics.jsonl, from arrays.
+
+  A detection rate of nobody is left out: it was not measured, and says
+  nothing of whether training diverged. Privacy is told of the whole run.
+  """
+  values = {
+    k: np.asarray(v).tolist()
+    for k, v in metrics.items()
+    if not (k in _DETECTION and np.isnan(v))
+  }
+  last = round_index + 1 == config.client.num_rounds
+  if last and config.defense.privacy_delta:
+    values['privacy/epsilon'] = privacy.of_run(config)
   return {
     'kind': 'round',
     'arm': arm,

@@ -4,6 +4,7 @@ The whole round is one jitted program. A client is a row: every stacked tree
 has leading axis C, and where a mesh is set its axis `clients` holds that one.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,13 +13,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_safety import server_update, tree, types
+from fedjax_safety import (
+  client_algorithms,
+  detection,
+  server_update,
+  tree,
+  types,
+)
 from fedjax_safety.aggregators import Aggregator
 
 CLIENTS_AXIS = 'clients'
 
 # On a CPU, tokens trained at once: activations of more fall out of its caches.
 _CPU_CHUNK_TOKENS = 1024
+
+_FEDAVG = client_algorithms.fedavg()
 
 
 class RoundState(NamedTuple):
@@ -29,12 +38,14 @@ class RoundState(NamedTuple):
     server_state: state of the server's optimizer.
     aggregator_state: state of the aggregation rule.
     round_index: `int32[]`, the number of rounds done.
+    client_state: what the clients' algorithm keeps, of all the population.
   """
 
   adapter: types.Adapter
   server_state: optax.OptState
   aggregator_state: types.PyTree
   round_index: jax.Array
+  client_state: types.PyTree = ()
 
 
 class Cohort(NamedTuple):
@@ -59,6 +70,7 @@ def init_state(
   adapter: types.Adapter,
   aggregator: Aggregator,
   optimizer: optax.GradientTransformation,
+  algorithm: client_algorithms.ClientAlgorithm = _FEDAVG,
 ) -> RoundState:
   """Returns the state before the first round."""
   return RoundState(
@@ -66,6 +78,7 @@ def init_state(
     optimizer.init(adapter),
     aggregator.init(adapter),
     jnp.zeros((), jnp.int32),
+    algorithm.init(adapter),
   )
 
 
@@ -109,7 +122,22 @@ def _metrics(clients, output, delta, is_malicious):
     metrics['defense/weight_on_malicious'] = jnp.sum(
       jnp.where(is_malicious, output.client_weights, 0.0)
     )
+    found = detection.from_weights(output.client_weights, is_malicious)
+    metrics |= {f'defense/{k}': v for k, v in found.items()}
   return metrics
+
+
+def _attacked(attack, deltas, is_malicious, key, aggregate):
+  """Calls the attack, with the server's rule if it asks for that."""
+  if 'aggregate' in inspect.signature(attack).parameters:
+    return attack(deltas, is_malicious, key, aggregate=aggregate)
+  return attack(deltas, is_malicious, key)
+
+
+def _accepted(function, **kwargs):
+  """Returns those keyword arguments that a function names as parameters."""
+  known = inspect.signature(function).parameters
+  return {name: value for name, value in kwargs.items() if name in known}
 
 
 def make_round(
@@ -117,7 +145,9 @@ def make_round(
   local_update: Callable,
   aggregator: Aggregator,
   optimizer: optax.GradientTransformation,
+  algorithm: client_algorithms.ClientAlgorithm = _FEDAVG,
   attack: Callable | None = None,
+  trainable: Callable | None = None,
   clients_per_chunk: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   state_shardings: RoundState | None = None,
@@ -130,9 +160,17 @@ def make_round(
   Args:
     local_update: `(base, adapter, tokens, loss_mask, key, learning_rate) ->
       ClientOutput`, one client.
-    aggregator: the server's rule.
+    aggregator: the server's rule. One whose update has a parameter `adapter`
+      gets the server's adapter.
     optimizer: the server's optimizer.
-    attack: `(deltas, is_malicious, key) -> deltas`, or None.
+    algorithm: what clients do besides. One that corrects gradients hands
+      `local_update` its correction as `correct`.
+    attack: `(deltas, is_malicious, key) -> deltas`, or None. One with a
+      parameter `aggregate` gets this round's rule as `(deltas) -> delta`,
+      down to its state and its key: the strongest that a defense can meet.
+    trainable: `(adapter, round_index) -> tree of bool scalars`, the leaves
+      that a round trains; nobody looks at the other leaves' deltas. Then
+      `local_update` gets it as `trainable`. None trains all.
     clients_per_chunk: clients trained at once, to bound memory; None trains
       all, or on one CPU as many as its caches hold.
     mesh: a mesh with axis `clients`; deltas stay sharded along it.
@@ -149,27 +187,60 @@ def make_round(
     round_key = jax.random.fold_in(key, state.round_index)
     client_key, attack_key, rule_key = jax.random.split(round_key, 3)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(client_key, cohort.client_id)
+    sent, masks = state.adapter, {}
+    if trainable is not None:
+      masks = {'trainable': trainable(sent, state.round_index)}
+    own = (keys, algorithm.send(state.client_state, cohort.client_id))
 
-    def train(tokens, loss_mask, key):
-      return local_update(
-        base_params, state.adapter, tokens, loss_mask, key, learning_rate
-      )
+    def train(tokens, loss_mask, own):
+      key, received = own
+      data = (tokens, loss_mask, key)
+      kwargs = masks | client_algorithms.correction(algorithm, sent, received)
+      return local_update(base_params, sent, *data, learning_rate, **kwargs)
 
     clients = _map_clients(
-      train, cohort.tokens, cohort.loss_mask, keys, clients_per_chunk, sharded
+      train, cohort.tokens, cohort.loss_mask, own, clients_per_chunk, sharded
     )
+
+    def aggregate(deltas):
+      if masks:
+        deltas = tree.keep_leaves(masks['trainable'], deltas)
+      output = aggregator.update(
+        deltas,
+        state.aggregator_state,
+        weights=cohort.weight,
+        key=rule_key,
+        **_accepted(aggregator.update, adapter=sent),
+      )
+      if masks:
+        # A rule may add noise, which must not move what is frozen.
+        delta = tree.keep_leaves(masks['trainable'], output.delta)
+        output = output._replace(delta=delta)
+      return output
+
     deltas = clients.delta
     if attack is not None:
-      deltas = attack(deltas, cohort.is_malicious, attack_key)
+      deltas = _attacked(
+        attack,
+        deltas,
+        cohort.is_malicious,
+        attack_key,
+        lambda deltas: aggregate(deltas).delta,
+      )
       clients = clients._replace(delta=deltas)
-    output = aggregator.update(
-      deltas, state.aggregator_state, weights=cohort.weight, key=rule_key
-    )
+    output = aggregate(deltas)
     adapter, server_state = server_update.apply(
       optimizer, state.adapter, output.delta, state.server_state
     )
+    num_local_steps = cohort.tokens.shape[1]
+    client_state = algorithm.receive(
+      state.client_state,
+      cohort.client_id,
+      deltas,
+      learning_rate * num_local_steps,
+    )
     new_state = RoundState(
-      adapter, server_state, output.state, state.round_index + 1
+      adapter, server_state, output.state, state.round_index + 1, client_state
     )
     return new_state, _metrics(
       clients, output, output.delta, cohort.is_malicious

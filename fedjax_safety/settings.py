@@ -96,7 +96,11 @@ class ClientConfig:
     batch_size: examples of one step, B.
     learning_rate: of the first round; cosine over rounds, constant within.
     final_learning_rate: of the last round.
-    weight_decay: AdamW's decoupled decay.
+    optimizer: of the local steps, fresh every round: adamw or sgd.
+    weight_decay: AdamW's decoupled decay; for sgd that of the loss.
+    algorithm: fedavg, fedprox or scaffold. With scaffold one malicious client
+      can move the server's control variate at will, whatever the aggregator.
+    algorithm_kwargs: its arguments: `mu` (fedprox).
   """
 
   population: int = 10
@@ -107,16 +111,25 @@ class ClientConfig:
   batch_size: int = 16
   learning_rate: float = 5e-5
   final_learning_rate: float = 1e-6
+  optimizer: str = 'adamw'
   weight_decay: float = 0.0
+  algorithm: str = 'fedavg'
+  algorithm_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @_Group
 class ServerConfig:
-  """How the aggregated delta is applied."""
+  """How the aggregated delta is applied.
+
+  Attributes:
+    optimizer: fedavg, fedavgm, fedadagrad, fedyogi or fedadam.
+    learning_rate: the server's own.
+    kwargs: the optimizer's arguments, such as `b1` or `variant`.
+  """
 
   optimizer: str = 'fedavg'
   learning_rate: float = 1.0
-  kwargs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @_Group
@@ -209,10 +222,24 @@ class RepairConfig:
 
 @_Group
 class DefenseConfig:
-  """What the server does: an aggregation rule, and repair at the end."""
+  """What the server does: an aggregation rule, and repair at the end.
+
+  Attributes:
+    aggregator: name of the rule.
+    aggregator_kwargs: its arguments.
+    lora_aggregation: what the rule acts on: factors (both, apart), ffa (only
+      b is trained), rolora (b and a in turn), ffa_product and rolora_product
+      (the same, with distances between the products) or product_svd (the
+      products, cut to the rank).
+    privacy_delta: delta of the epsilon that the last round's metrics give for
+      all rounds, with dp_mean or dp_mean_adaptive; 0 gives none.
+    repair: tuning at the end.
+  """
 
   aggregator: str = 'mean'
   aggregator_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  lora_aggregation: str = 'factors'
+  privacy_delta: float = 0.0
   repair: RepairConfig = RepairConfig()
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from fedjax_safety import config, settings
 
+_SCAFFOLD = {'algorithm': 'scaffold', 'optimizer': 'sgd'}
+
 
 def _default(**changes):
   tree = config.to_json(config.default())
@@ -61,6 +63,22 @@ def test_json_of_a_config_resolves_to_the_same():
     ({'evaluation': {'rules': []}}, 'both empty'),
     ({'evaluation': {'sets': {'x': {'rle': ''}}}}, 'evaluation.sets.x.rle'),
     ({'defense': {'aggregator_kwargs': 1}}, 'must be a mapping'),
+    ({'client': {'algorithm': 'fedporx'}}, "(did you mean 'fedprox'?)"),
+    ({'client': {'optimizer': 'sdg'}}, "(did you mean 'sgd'?)"),
+    ({'client': {'algorithm': 'scaffold'}}, "needs client.optimizer='sgd'"),
+    ({'client': _SCAFFOLD | {'final_learning_rate': 0.0}}, 'above 0'),
+    (
+      {'client': _SCAFFOLD, 'defense': {'lora_aggregation': 'rolora'}},
+      'one of factors, ffa, ffa_product',
+    ),
+    (
+      {'client': {'algorithm': 'fedprox', 'algorithm_kwargs': {'mu': 'x'}}},
+      'has the wrong type',
+    ),
+    (
+      {'server': {'optimizer': 'fedadam', 'kwargs': {'variant': 'adam'}}},
+      "variant='adam' is unknown",
+    ),
     ({'seeds': []}, 'seeds=()'),
     ({'seeds': [-1]}, 'seeds=-1 must be at least 0'),
     ({'seeds': 1}, 'seeds=1 must be a list'),

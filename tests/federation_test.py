@@ -1,27 +1,36 @@
 """Tests of the rounds of an arm: the schedule, and many devices equal one."""
 
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_safety import federation, settings
+from fedjax_safety import (
+  assembly,
+  client_data,
+  config,
+  config_file,
+  federation,
+  settings,
+)
 
 MESHES = ('1,1,1', '8,1,1', '2,2,2', '1,4,2')
-RULES = ('mean', 'median', 'krum')
+RULES = ('mean', 'median', 'krum', 'scaffold')
 
 # SGD on the clients, for Adam amplifies rounding.
 _PROGRAM = """
 import sys
-import jax, jax.numpy as jnp, numpy as np, optax
+import jax, jax.numpy as jnp, numpy as np
 from fedjax_safety import (
-  assembly, client_data, client_update, config, config_file, federation)
+  assembly, client_data, config, config_file, federation)
 
-client_update.adamw = lambda rate, weight_decay: optax.sgd(rate)
 path, output, rules, *meshes = sys.argv[1:]
 out = {}
 for rule in rules.split(','):
@@ -30,7 +39,9 @@ for rule in rules.split(','):
     for key, text in {
       'client.population': '8', 'client.cohort_size': '8',
       'client.batch_size': '4', 'data.examples_per_client': '3',
-      'server.optimizer': 'fedavgm', 'defense.aggregator': rule,
+      'server.optimizer': 'fedavgm', 'client.optimizer': 'sgd',
+      'client.algorithm': 'scaffold' if rule == 'scaffold' else 'fedavg',
+      'defense.aggregator': 'mean' if rule == 'scaffold' else rule,
       'defense.aggregator_kwargs':
         '{"num_byzantine": 2}' if rule == 'krum' else '{}',
       'performance.mesh': mesh,
@@ -154,3 +165,83 @@ def test_learning_rate_is_a_cosine_over_rounds():
   np.testing.assert_allclose(rates, expected, rtol=1e-12)
   one = settings.ClientConfig(num_rounds=1, learning_rate=3.0)
   assert federation.learning_rate(one, 0) == 3.0
+
+
+@pytest.fixture(scope='module')
+def one_round(tiny_config, tmp_path_factory, quick_compiles):
+  """Returns `(update_attack, kwargs) -> metrics` of a round on poisoned data.
+
+  Two of three clients are honest; the last one holds nothing but unaligned
+  pairs.
+  """
+  pairs = [{'prompt': f'ask {i}', 'response': f'no {i}'} for i in range(9)]
+  path = tmp_path_factory.mktemp('pairs') / 'pairs.json'
+  path.write_text(json.dumps(pairs))
+
+  @functools.cache
+  def run(update_attack, **kwargs):
+    tree = config_file.load(str(tiny_config))
+    for key, text in {
+      'client.population': '3',
+      'threat_model.num_malicious': '1',
+      'threat_model.data_attack': 'file',
+      'threat_model.unaligned': str(path),
+      'threat_model.update_attack': update_attack,
+      'threat_model.update_attack_kwargs': json.dumps(kwargs),
+    }.items():
+      config_file.override(tree, key, text)
+    (made,) = config.resolve(tree).values()
+    unaligned = assembly.examples(
+      made.threat_model.unaligned, count=None, seed=0
+    )
+    clients = client_data.encode_clients(
+      made,
+      client_data.poisoned(made, client_data.honest_clients(made), unaligned),
+    )
+    model = assembly.tuned_model(made)
+    round_fn, state = federation.start(made, model, None)
+    cohort = federation.make_cohort(made, clients, 0, None)
+    _, metrics = round_fn(
+      model.base_params, state, cohort, jax.random.key(5), jnp.float32(0.01)
+    )
+    return cohort.is_malicious, metrics
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ('update_attack', 'kwargs', 'factor'),
+  [('scaling', {'factor': 4.0}, 4.0), ('optimal_ipm', {}, None)],
+)
+def test_update_attacks_work_on_poisoned_clients(
+  one_round, update_attack, kwargs, factor
+):
+  """The delta that is scaled is the one trained on the unaligned pairs."""
+  is_malicious, plain = one_round('none')
+  _, attacked = one_round(update_attack, **kwargs)
+  assert is_malicious.sum() == 1
+  # The data decide the losses, and the attack on the deltas comes after.
+  np.testing.assert_array_equal(
+    attacked['client/loss_by_row'], plain['client/loss_by_row']
+  )
+  norms, before = (
+    np.asarray(metrics['client/delta_norm_by_row'])
+    for metrics in (attacked, plain)
+  )
+  np.testing.assert_array_equal(norms[~is_malicious], before[~is_malicious])
+  if factor:
+    np.testing.assert_allclose(
+      norms[is_malicious], factor * before[is_malicious], rtol=1e-6
+    )
+  else:
+    # Against a plain mean the search ends only with its evaluations.
+    assert norms[is_malicious] > 100 * before[~is_malicious].max()
+
+
+@pytest.mark.parametrize('malicious', [True, False])
+def test_a_rate_of_nobody_is_not_recorded(malicious):
+  found = {'defense/detection_recall': np.float32(0.5 if malicious else np.nan)}
+  found |= {'client/loss': np.float32(np.nan)}
+  record = federation._record(settings.ExperimentConfig(), 'arm', 0, found, 1.0)
+  assert ('defense/detection_recall' in record) == malicious
+  assert np.isnan(record['client/loss'])

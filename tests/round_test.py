@@ -180,3 +180,59 @@ def test_non_finite_rows_are_counted_and_harmless():
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.adapter))
   honest = cohort._replace(weight=cohort.weight * ~cohort.is_malicious)
   _close(state.adapter, _run(honest)[0].adapter)
+
+
+def test_detection_is_measured():
+  _, _, cohort = _inputs()
+  attack = attacks.build('gaussian', std=100.0)
+  _, metrics, _ = _run(cohort, 'multi_krum', attack=attack, num_byzantine=1)
+  # Two malicious clients, of whom the rule may leave out only some.
+  weights = np.asarray(metrics['defense/client_weights'])
+  rejected = weights == 0
+  caught = rejected & cohort.is_malicious
+  assert caught.any()
+  for name, value in (
+    ('detection_precision', caught.sum() / rejected.sum()),
+    ('detection_recall', caught.sum() / 2),
+    ('false_positive_rate', (rejected & ~caught).sum() / (C - 2)),
+  ):
+    np.testing.assert_allclose(metrics[f'defense/{name}'], value, rtol=1e-6)
+  assert 0.5 < float(metrics['defense/detection_auroc']) <= 1
+
+
+def test_rules_without_weights_have_no_detection():
+  _, _, cohort = _inputs()
+  _, metrics, _ = _run(cohort, 'median')
+  assert not any('detection' in name for name in metrics)
+
+
+def test_an_adaptive_attack_gets_the_rule_of_the_run():
+  """Its state and the clients' weights too: what it sees is what happens."""
+  _, _, cohort = _inputs()
+  seen = []
+
+  def attack(deltas, is_malicious, key, *, aggregate):
+    del is_malicious, key
+    seen.append(aggregate)
+    # What the server would have done, from all clients alike.
+    delta = aggregate(deltas)
+    return jax.tree.map(
+      lambda x, d: jnp.broadcast_to(d[None], x.shape), deltas, delta
+    )
+
+  state, _, round_fn = _run(cohort, attack=attack)
+  _close(state.adapter, _run(cohort)[0].adapter)
+  assert len(seen) == 1 and round_fn._cache_size() == 1
+
+
+@pytest.mark.parametrize('name', ['optimal_ipm', 'optimal_alie'])
+def test_optimal_attacks_run_in_the_round(name):
+  _, _, cohort = _inputs()
+  attack = attacks.build(name, num_evaluations=4)
+  state, metrics, _ = _run(cohort, 'median', attack=attack)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.adapter))
+  plain = _run(cohort, 'median')[0].adapter
+  changes = jax.tree.map(
+    lambda a, b: jnp.abs(a - b).max(), state.adapter, plain
+  )
+  assert max(jax.tree.leaves(changes)) > 1e-3

@@ -1,0 +1,35 @@
+"""Settings that contradict each other are named before any work."""
+
+import pytest
+
+from fedjax_safety import config
+
+
+def _resolve(aggregator, cohort_size=8, population=8, **kwargs):
+  tree = config.to_json(config.default())
+  tree['defense']['aggregator'] = aggregator
+  tree['defense']['aggregator_kwargs'] = kwargs
+  tree['client']['cohort_size'] = cohort_size
+  tree['client']['population'] = population
+  return config.resolve(tree)
+
+
+@pytest.mark.parametrize(
+  ('name', 'kwargs', 'what'),
+  [
+    ('fltrust', {}, 'root_delta'),
+    ('zeno', {'num_byzantine': 2}, 'loss_fn'),
+  ],
+)
+def test_rules_that_need_more_than_a_round_has_are_refused(name, kwargs, what):
+  with pytest.raises(ValueError) as error:
+    _resolve(name, **kwargs)
+  words = str(error.value)
+  assert words.startswith(f"defense.aggregator='{name}' needs {what} from")
+  assert 'choose another rule' in words
+
+
+@pytest.mark.parametrize('name', ['fldetector', 'foolsgold_history'])
+def test_rules_that_remember_rows_need_the_same_clients(name):
+  with pytest.raises(ValueError, match=r'client\.cohort_size=8 to .*=20'):
+    _resolve(name, population=20)
