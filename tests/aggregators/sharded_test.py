@@ -73,6 +73,7 @@ def _in_eight_devices(what: str) -> list[str]:
       'PYTHONPATH': str(ROOT),
       'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': '8',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     },
     capture_output=True,
     text=True,
