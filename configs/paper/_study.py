@@ -172,6 +172,20 @@ def table(size, *, source, settings, published, note=''):
   return config
 
 
+def regroup(config, place):
+  """Moves the rows of a table, each to where and as what it should stand.
+
+  Args:
+    config: what `table` returned.
+    place: `(setting, row) -> (setting, row, what it is compared with)`.
+  """
+  for row in config.paper.rows:
+    keys = ('setting', 'row', 'against')
+    moved = place(row['setting'], row['row'])
+    row.update(zip(keys, moved, strict=True))
+  return config
+
+
 def _against(row, rows):
   """Returns the row that one is compared with: what it adds something to."""
   rule, plus, _ = row.partition(' + ')
