@@ -1,7 +1,6 @@
 """Reading models, tokenizers and adapters from Hugging Face directories."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
@@ -14,7 +13,13 @@ import transformers
 
 from fedjax_safety import _validate
 from fedjax_safety.models import config as config_lib
-from fedjax_safety.models import peft_layout, sharding, tensor_files, weights
+from fedjax_safety.models import (
+  leaves,
+  peft_layout,
+  sharding,
+  tensor_files,
+  weights,
+)
 from fedjax_safety.models import quantization as quantization_lib
 
 # Old checkpoints carry these; the decoder computes them from its config.
@@ -31,8 +36,8 @@ def load(
 ) -> tuple[config_lib.DecoderConfig, dict[str, Any]]:
   """Loads a model of a supported family from a Hugging Face directory.
 
-  Every process reads only the slices that its own devices hold, and at most
-  one stacked leaf at a time is in host memory.
+  Every process reads only the slices that its own devices hold, and holds at
+  most one tensor of the files in the host's memory, or one small leaf.
 
   Args:
     directory: holds `config.json` and safetensors weights, in one file or in
@@ -66,9 +71,9 @@ def load(
     with tqdm.tqdm(table, f'Loading {directory.name}', disable=hidden) as bar:
       for weight in bar:
         bar.set_postfix_str('/'.join(weight.path))
-        leaf = _load(files, weight, config.dtype, mesh)
+        leaf = leaves.load(files, weight, config.dtype, mesh)
         if quantization is not None and weight.path[-1] == 'kernel':
-          leaf, scale = _quantized(leaf, quantization, weight.path, mesh)
+          leaf, scale = leaves.quantized(leaf, quantization, weight.path, mesh)
           weights.put(params, (*weight.path[:-1], 'kernel_scale'), scale)
         weights.put(params, weight.path, leaf)
   return config, params
@@ -129,96 +134,6 @@ def _check_tied(
         f'{head} in {files.path(head)} differs from {embed}, to which '
         f'config.json ties it; set tie_word_embeddings to false to use it'
       )
-
-
-def _load(
-  files: tensor_files.TensorFiles,
-  weight: weights.Weight,
-  dtype: Any,
-  mesh: jax.sharding.Mesh | None,
-) -> jax.Array:
-  """Loads one leaf, slice by slice where the mesh splits it."""
-  dtype = np.dtype(dtype)
-  if mesh is None:
-    everything = tuple(slice(0, size) for size in weight.shape)
-    # Without a device the array is not tied to one and can join any mesh.
-    return jax.device_put(_read(files, weight, everything, dtype))
-  shards = {}
-
-  def shard(index):
-    # Devices along `clients` hold the same slice: read it once for them all.
-    bounds = tuple(
-      part.indices(size)[:2]
-      for part, size in zip(index, weight.shape, strict=True)
-    )
-    if bounds not in shards:
-      slices = tuple(slice(*pair) for pair in bounds)
-      shards[bounds] = _read(files, weight, slices, dtype)
-    return shards[bounds]
-
-  place = jax.sharding.NamedSharding(mesh, sharding.spec_of(weight.path))
-  return jax.make_array_from_callback(weight.shape, place, shard, dtype=dtype)
-
-
-def _quantized(
-  kernel: jax.Array,
-  mode: str,
-  path: tuple[str, ...],
-  mesh: jax.sharding.Mesh | None,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns a stacked kernel in 8 bits, layer by layer, and its scales."""
-  places = None
-  if mesh is not None:
-    places = tuple(
-      jax.sharding.NamedSharding(mesh, sharding.spec_of((*path[:-1], leaf)))
-      for leaf in ('kernel', 'kernel_scale')
-    )
-
-  @functools.partial(jax.jit, out_shardings=places)
-  def quantize(kernel):
-    return jax.lax.map(lambda x: quantization_lib.quantize(x, mode), kernel)
-
-  return quantize(kernel)
-
-
-def _read(
-  files: tensor_files.TensorFiles,
-  weight: weights.Weight,
-  index: tuple[slice, ...],
-  dtype: np.dtype,
-) -> np.ndarray:
-  """Reads one slice of a leaf: stacked, transposed and cast."""
-  out = np.empty([part.stop - part.start for part in index], dtype)
-  layers, inner = index[:1], index[1:]
-  if not weight.stacked:
-    layers, inner = (slice(0, 1),), index
-  numbers = range(layers[0].start, layers[0].stop)
-  for number, target in zip(
-    numbers, out if weight.stacked else [out], strict=True
-  ):
-    name = weight.names[number]
-    if weight.transposed:
-      _read_transposed(files, name, inner, target)
-    else:
-      target[...] = files.read(name, inner)
-  return out
-
-
-def _read_transposed(
-  files: tensor_files.TensorFiles,
-  name: str,
-  index: tuple[slice, slice],
-  out: np.ndarray,
-) -> None:
-  """Fills `out[D_in, D_out]` from a tensor stored as `[D_out, D_in]`."""
-  inputs, outputs = index
-  for low in range(outputs.start, outputs.stop, tensor_files.PANEL):
-    high = min(low + tensor_files.PANEL, outputs.stop)
-    panel = files.read(name, (slice(low, high), inputs))
-    tensor_files.transpose_panel(
-      np.ascontiguousarray(panel, out.dtype),
-      out[:, low - outputs.start : high - outputs.start],
-    )
 
 
 def load_tokenizer(

@@ -11,7 +11,14 @@ import tokenizers
 import transformers
 
 from fedjax_safety.models import config as config_lib
-from fedjax_safety.models import export, load, sharding, tensor_files, weights
+from fedjax_safety.models import (
+  export,
+  leaves,
+  load,
+  sharding,
+  tensor_files,
+  weights,
+)
 
 EMBED = 'model.embed_tokens.weight'
 UP = 'model.layers.1.mlp.up_proj.weight'
@@ -61,6 +68,25 @@ def test_what_was_written_is_loaded(save, overrides):
   assert config.dtype == overrides.get('dtype', 'float32')
   assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {config.dtype}
   _assert_trees_equal(found, params)
+
+
+@pytest.mark.parametrize('quantization', [None, 'int8'])
+def test_large_leaves_are_loaded_layer_by_layer(
+  save, monkeypatch, quantization
+):
+  directory, _ = save()
+  _, whole = load.load(directory, quantization=quantization)
+  puts = []
+  put = leaves._put_layer
+  monkeypatch.setattr(leaves, 'WHOLE_BYTES', 0)
+  monkeypatch.setattr(
+    leaves, '_put_layer', lambda *args: puts.append(args) or put(*args)
+  )
+  _, found = load.load(directory, quantization=quantization)
+  _assert_trees_equal(found, whole)
+  # Each of nine leaves of each of three layers, and into donated memory.
+  assert len(puts) == 9 * 3 and all(leaf.is_deleted() for leaf, *_ in puts)
+  assert all(part.shape[0] == 1 for _, part, *_ in puts)
 
 
 def test_names_and_orientation_are_those_of_the_format(save):
