@@ -8,7 +8,7 @@ such as the recall without malicious clients, is NaN: it was not measured.
 import jax
 import jax.numpy as jnp
 
-from fedjax_safety import types
+from fedjax_safety import tree, types
 
 # What `from_scores` and `from_weights` return, by name.
 NAMES = (
@@ -48,6 +48,32 @@ def from_weights(
     As `from_scores`.
   """
   return from_scores(-client_weights, is_malicious, threshold=-threshold)
+
+
+def from_distances(
+  deltas: types.Deltas, delta: types.Adapter, is_malicious: types.RowMask
+) -> types.Metrics:
+  """Rates how far clients are from what the server made of them.
+
+  No rule rejects anybody by this; it says of any rule, also one that gives
+  its clients no weights, whether the malicious clients stand out at all.
+
+  Args:
+    deltas: stacked tree, leaves [C, ...].
+    delta: the aggregate, leaves [...].
+    is_malicious: [C] bool.
+
+  Returns:
+    `distance_by_row`, [C] float32, and `distance_auroc`, see `auroc`.
+  """
+  away = jax.tree.map(
+    lambda rows, mean: rows.astype(jnp.float32) - mean, deltas, delta
+  )
+  distances = tree.row_norms(away)
+  return {
+    'distance_by_row': distances,
+    'distance_auroc': auroc(distances, is_malicious),
+  }
 
 
 def from_scores(

@@ -41,7 +41,9 @@ from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import batching, cohort, templates
 from fedjax_safety.models import sharding
 
-_DETECTION = frozenset(f'defense/{name}' for name in detection.NAMES)
+_DETECTION = frozenset(
+  f'defense/{name}' for name in (*detection.NAMES, 'distance_auroc')
+)
 
 EncodedClients = Mapping[int, templates.EncodedExamples]
 
@@ -196,6 +198,31 @@ def fresh_adapter(
   return sharding.place(adapter, mesh, sharding.adapter_specs(adapter))
 
 
+def traffic(
+  parts: Parts, state: round_lib.RoundState, round_index: int
+) -> dict[str, int]:
+  """Returns the bytes that one client sends and gets in a round.
+
+  It gets the adapter and what the algorithm sends besides, and sends what the
+  round trains of it.
+  """
+  leaves, trained = jax.tree.leaves(state.adapter), parts.scheme.trainable
+  sent = leaves
+  if trained is not None:
+    kept = jax.tree.leaves(trained(state.adapter, round_index))
+    sent = [x for x, keep in zip(leaves, kept, strict=True) if keep]
+  own = jax.eval_shape(
+    parts.algorithm.send, state.client_state, jnp.zeros(1, jnp.int32)
+  )
+  got = [*leaves, *jax.tree.leaves(own)]
+  return {
+    f'communication/{name}_bytes': sum(
+      math.prod(x.shape) * x.dtype.itemsize for x in arrays
+    )
+    for name, arrays in (('upload', sent), ('download', got))
+  }
+
+
 def _record(config, arm, round_index, metrics, seconds) -> dict[str, Any]:
   """Returns a round's line in metrics.jsonl, from arrays.
 
@@ -281,7 +308,7 @@ def federate(
   checkpointer = checkpoint_lib.Checkpointer(
     directory, max_to_keep=config.checkpoint.max_to_keep
   )
-  digest = config_lib.digest(config)
+  digest, parts = config_lib.digest(config), choose_parts(config)
   clock = time.monotonic()
 
   def keep(index, state, metrics):
@@ -291,7 +318,8 @@ def federate(
       now = time.monotonic()
       # Metrics first: a run killed in between writes them again, while a
       # round that is saved is never run again.
-      writer.write(_record(config, arm, index, metrics, now - clock))
+      record = _record(config, arm, index, metrics, now - clock)
+      writer.write(record | traffic(parts, state, index))
       clock = now
       meta = {'round': index + 1, 'arm': arm, 'config_digest': digest}
       checkpointer.save(state, meta)

@@ -118,23 +118,30 @@ def _map_clients(train, tokens, loss_mask, own, clients_per_chunk, sharded):
   )
 
 
-def _metrics(clients, output, delta, is_malicious):
-  """Returns the round's scalars, and per-row losses and weights."""
+def _metrics(clients, output, delta, cohort):
+  """Returns the round's scalars, and per row who it is and what it got."""
+  is_malicious = cohort.is_malicious
   metrics = {
+    'client/id_by_row': cohort.client_id,
+    'client/is_malicious_by_row': is_malicious,
     'client/loss': jnp.mean(clients.loss),
     'client/loss_by_row': jnp.mean(clients.loss, axis=1),
     'client/delta_norm_by_row': tree.row_norms(clients.delta),
     'defense/delta_norm': optax.global_norm(delta),
   }
-  metrics |= {f'defense/{k}': v for k, v in output.metrics.items()}
+  found = detection.from_distances(clients.delta, delta, is_malicious)
   if output.client_weights is not None:
     metrics['defense/client_weights'] = output.client_weights
     metrics['defense/weight_on_malicious'] = jnp.sum(
       jnp.where(is_malicious, output.client_weights, 0.0)
     )
-    found = detection.from_weights(output.client_weights, is_malicious)
-    metrics |= {f'defense/{k}': v for k, v in found.items()}
-  return metrics
+    found |= detection.from_weights(output.client_weights, is_malicious)
+  if 'client_scores' in output.metrics:
+    # A rule's own scores say more than whom it kept.
+    scores = output.metrics['client_scores']
+    found['detection_auroc'] = detection.auroc(scores, is_malicious)
+  found |= output.metrics
+  return metrics | {f'defense/{k}': v for k, v in found.items()}
 
 
 def _attacked(attack, deltas, is_malicious, key, aggregate):
@@ -253,9 +260,7 @@ def make_round(
     new_state = RoundState(
       adapter, server_state, output.state, state.round_index + 1, client_state
     )
-    return new_state, _metrics(
-      clients, output, output.delta, cohort.is_malicious
-    )
+    return new_state, _metrics(clients, output, output.delta, cohort)
 
   # Shapes do not change within a run, so a second trace would be a defect.
   # Chex counts by name: an earlier run's count must not be held against this.

@@ -198,6 +198,13 @@ def test_detection_is_measured():
   ):
     np.testing.assert_allclose(metrics[f'defense/{name}'], value, rtol=1e-6)
   assert 0.5 < float(metrics['defense/detection_auroc']) <= 1
+  # Noise of that size stands out whatever the rule looks at.
+  distances = np.asarray(metrics['defense/distance_by_row'])
+  malicious = np.asarray(metrics['client/is_malicious_by_row'])
+  assert distances[malicious].min() > distances[~malicious].max()
+  assert float(metrics['defense/distance_auroc']) == 1
+  np.testing.assert_array_equal(malicious, cohort.is_malicious)
+  np.testing.assert_array_equal(metrics['client/id_by_row'], cohort.client_id)
 
 
 def test_rules_without_weights_have_no_detection():

@@ -19,7 +19,8 @@ class AggregatorOutput(NamedTuple):
       1, or is all 0 when no client was usable. None for rules that mix
       clients differently in every coordinate.
     metrics: name -> scalar array; always holds `num_nonfinite`, the rows that
-      were not finite.
+      were not finite. A rule that scores its clients adds `client_scores`
+      [C], higher meaning more suspicious.
   """
 
   delta: types.Adapter
@@ -47,11 +48,15 @@ class Aggregator(NamedTuple):
 
 
 class RuleOutput(NamedTuple):
-  """What a rule tells its Aggregator: the delta, shares [C], finite rows."""
+  """What a rule tells its Aggregator: the delta, shares [C], finite rows.
+
+  `scores` are those of `AggregatorOutput`, of a rule that has any.
+  """
 
   delta: types.Adapter
   client_weights: types.Weights | None
   finite: types.RowMask
+  scores: jax.Array | None = None
 
 
 # (deltas, *, weights, key, **extra) -> RuleOutput.
@@ -88,6 +93,8 @@ def stateful(
       )
     output, state = rule(deltas, state, weights=weights, key=key, **extra)
     metrics = {'num_nonfinite': jnp.sum(~output.finite, dtype=jnp.int32)}
+    if output.scores is not None:
+      metrics['client_scores'] = output.scores
     return AggregatorOutput(output.delta, state, output.client_weights, metrics)
 
   return Aggregator(init, update)

@@ -93,8 +93,10 @@ def aggregator_of(steps: Sequence[Step], cohort_size: int) -> _base.Aggregator:
     shares = output.client_weights
     if shares is not None:
       output = output._replace(client_weights=shares_of(shares @ rows.matrix))
-    bad = jnp.sum(~rows.finite, dtype=jnp.int32)
-    return output._replace(metrics=output.metrics | {'num_nonfinite': bad})
+    # Scores are of the rows that the steps made, not of clients.
+    metrics = {k: v for k, v in output.metrics.items() if k != 'client_scores'}
+    metrics['num_nonfinite'] = jnp.sum(~rows.finite, dtype=jnp.int32)
+    return output._replace(metrics=metrics)
 
   return _base.Aggregator(inner.init, update)
 

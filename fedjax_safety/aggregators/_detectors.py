@@ -122,7 +122,7 @@ def fldetector(cohort_size: int, *, window: int = 10) -> _base.Aggregator:
       rounds + 1,
     )
     delta = jax.tree.map(lambda x, d: x.astype(d.dtype), delta, deltas)
-    return _base.RuleOutput(delta, shares, finite), later
+    return _base.RuleOutput(delta, shares, finite, suspicion), later
 
   return _base.stateful(init, update, cohort_size=cohort_size)
 

@@ -9,6 +9,7 @@ import pathlib
 
 from fedjax_safety import _validate
 from fedjax_safety.report import (
+  _charts,
   _html,
   _plots,
   _read,
@@ -19,7 +20,9 @@ from fedjax_safety.report import (
 
 _TITLES = {
   'headline': 'The headline with 95 % intervals',
-  'training': 'Curves over rounds',
+  'detection': 'Who was caught, over rounds and over all of them',
+  'cost': 'Time of each arm',
+  'training': 'Losses over rounds',
 }
 
 __all__ = ['build', 'terminal_table']
@@ -41,8 +44,8 @@ def build(
 
   Returns:
     The paths written: `html`, `markdown` and `csv`; `paper_csv` where the
-    config has published numbers; `headline_plot` and `training_plot` where
-    there was something to draw.
+    config has published numbers; `headline_plot`, `detection_plot`,
+    `cost_plot` and `training_plot` where there was something to draw.
 
   Raises:
     ValueError: if the folder holds nothing of a run.
@@ -94,12 +97,17 @@ def terminal_table(workdir: str | os.PathLike) -> str:
 
 def _figures(run: _read.Run) -> list[tuple]:
   """Returns the name, figure and words of everything there is to draw."""
-  headline, training = _plots.headline(run), _plots.training(run)
+  drawn = (
+    ('headline', _plots.headline, _plots.alt_headline),
+    ('detection', _charts.detection, _charts.alt_detection),
+    ('cost', _charts.cost, _charts.alt_cost),
+    ('training', _charts.training, _charts.alt_training),
+  )
   found = []
-  if headline is not None:
-    found.append(('headline', headline, _plots.alt_headline(run)))
-  if training is not None:
-    found.append(('training', training, _plots.alt_training(run)))
+  for name, draw, words in drawn:
+    figure = draw(run)
+    if figure is not None:
+      found.append((name, figure, words(run)))
   return found
 
 

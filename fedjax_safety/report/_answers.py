@@ -5,6 +5,8 @@ import math
 
 from fedjax_safety.report import (
   _agreement,
+  _caught,
+  _costs,
   _details,
   _rates,
   _read,
@@ -39,8 +41,8 @@ def answers(run: _read.Run) -> list[Answer]:
       _span(run, benign, 'Harmless requests refused'),
     ),
     Answer('agreement', 'Do the judges agree?', _agree(run)),
-    Answer('caught', 'Who was caught?', _caught(run)),
-    Answer('cost', 'What did it cost?', _cost(run)),
+    Answer('caught', 'Who was caught?', _caught.answer(run)),
+    Answer('cost', 'What did it cost?', _costs.answer(run)),
   ]
 
 
@@ -147,38 +149,6 @@ def _largest_gap(run: _read.Run) -> str:
   return (
     f'Largest gap: {_tables.judge_label(run, judge)} says {value:.2f} where '
     f'{_tables.judge_label(run, run.believe)} says {truth:.2f} ({label}).'
-  )
-
-
-def _caught(run: _read.Run) -> str:
-  """Returns which arms gave malicious clients least and most weight."""
-  arms = {}
-  for record in run.of_kind('round'):
-    arms.setdefault(str(record.get('arm')), []).append(record)
-  means = {}
-  for arm, records in arms.items():
-    values = _tables.numbers(records, 'defense/weight_on_malicious')
-    if values:
-      means[arm] = math.fsum(values) / len(values)
-  if not means:
-    return 'No aggregator of this run says whom it kept.'
-  low, high = min(means, key=means.get), max(means, key=means.get)
-  if len(means) == 1:
-    return f'Mean weight on malicious clients: {means[low]:.3f} ({low}).'
-  return (
-    f'Mean weight on malicious clients: lowest {means[low]:.3f} ({low}), '
-    f'highest {means[high]:.3f} ({high}).'
-  )
-
-
-def _cost(run: _read.Run) -> str:
-  """Returns the time of the whole run."""
-  seconds = _tables.numbers(run.of_kind('stage'), 'time/seconds')
-  if not seconds:
-    return 'No times were recorded.'
-  return (
-    f'{_tables.duration(math.fsum(seconds))} for all stages, arms and seeds '
-    f'together.'
   )
 
 

@@ -9,6 +9,8 @@ import markupsafe
 from fedjax_safety.report import (
   _agreement,
   _answers,
+  _caught,
+  _costs,
   _details,
   _plots,
   _rates,
@@ -21,7 +23,7 @@ _FOLDER = pathlib.Path(__file__).parent
 
 
 def html(run: _read.Run, *, num_examples: int, figures: dict[str, str]) -> str:
-  """Returns the page; `figures` maps `headline` and `training` to SVG."""
+  """Returns the page; `figures` maps names to SVG."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER),
     autoescape=True,
@@ -53,8 +55,9 @@ def _view(
     'refusal': _tables.per_set(run, _rates.BENIGN),
     'matrices': _agreement.matrices(run),
     'truth': _agreement.truth_table(run),
-    'weights': _tables.weights(run),
-    'cost': _tables.cost(run),
+    'caught': _caught.table(run),
+    'caught_notes': _caught.NOTES,
+    'cost': _costs.table(run),
     'overlap': _details.overlap_table(run),
     'overlap_line': _answers.overlap_line(run),
     'overlap_warnings': _details.overlap_warnings(run),

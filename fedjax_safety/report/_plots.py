@@ -26,11 +26,10 @@ SERIES = (
   '#6b6b2f',
   '#70757c',
 )
-_DASHES = ('-', '--', ':', '-.')
 _VARIABLES = {INK: '--ink', MUTED: '--muted', GRID: '--grid'} | {
   color: f'--series-{i}' for i, color in enumerate(SERIES)
 }
-_STYLE = {
+STYLE = {
   'axes.edgecolor': GRID,
   'axes.labelcolor': MUTED,
   'axes.labelsize': 9,
@@ -66,7 +65,7 @@ def headline(run: _read.Run) -> matplotlib.figure.Figure | None:
   bars = max(sum(c.group == group for c in columns) for group in groups)
   lines = math.ceil(bars / 3)
   height = 0.9 + 0.19 * lines + len(run.rows) * (0.24 + 0.15 * bars)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = matplotlib.figure.Figure(figsize=(10, height))
     widths = [1.7] + [1] * (len(groups) - 1)
     axes = figure.subplots(
@@ -76,10 +75,12 @@ def headline(run: _read.Run) -> matplotlib.figure.Figure | None:
       own = [column for column in columns if column.group == group]
       handles = _bars(axis, run, own, columns)
       _bar_titles(axis, handles, own, lines)
-    axes[0].set_yticks(range(len(run.rows)), _short_labels(run))
+    axes[0].set_yticks(
+      range(len(run.rows)), short_labels([row.label for row in run.rows])
+    )
     axes[0].tick_params(axis='y', labelcolor=INK)
     axes[0].set_ylim(len(run.rows) - 0.4, -0.6)
-    _fit(figure, height)
+    fit(figure, height)
   return figure
 
 
@@ -116,7 +117,7 @@ def _bars(
     )
   axis.set_xlim(0, 1.02)
   axis.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.25))
-  axis.xaxis.set_major_formatter(_tick)
+  axis.xaxis.set_major_formatter(tick)
   axis.grid(axis='x')
   axis.tick_params(axis='both', length=0)
   return handles
@@ -133,16 +134,16 @@ def _bar_titles(
   The legend stays out of the layout: long names are cut and the bars keep
   their place.
   """
-  group = _cut(columns[0].group, 50 if len(columns) > 1 else 26)
+  group = cut(columns[0].group, 50 if len(columns) > 1 else 26)
   axis.set_title(group, pad=10 + 13 * lines)
   room = (24, 18, 13)[min(len(columns), 3) - 1]
   titles = [
-    f'{_cut(c.title, room - 4)} (believe)' if c.believe else _cut(c.title, room)
+    f'{cut(c.title, room - 4)} (believe)' if c.believe else cut(c.title, room)
     for c in columns
   ]
   legend = axis.legend(
     handles,
-    [_label(title) for title in titles],
+    [legend_label(title) for title in titles],
     loc='lower left',
     bbox_to_anchor=(-0.02, 0.995),
     ncols=min(len(titles), 3),
@@ -156,102 +157,6 @@ def _bar_titles(
   legend.set_in_layout(False)
 
 
-def training(run: _read.Run) -> matplotlib.figure.Figure | None:
-  """Returns the curves over rounds, and of the repairs if there were any."""
-  loss = _curves(run, 'round', 'round', 'client/loss')
-  weight = _curves(run, 'round', 'round', 'defense/weight_on_malicious')
-  repair = _curves(run, 'repair', 'step', 'repair/loss')
-  panels = [
-    panel
-    for panel in (
-      ('Loss of the clients ↓', 'round', loss, False),
-      ('Weight on malicious clients ↓', 'round', weight, True),
-      ('Loss of the repair ↓', 'step', repair, False),
-    )
-    if panel[2]
-  ]
-  if not panels:
-    return None
-  names = list(dict.fromkeys(name for panel in panels for name in panel[2]))
-  lines = math.ceil(len(names) / 3)
-  height = 3.0 + 0.19 * lines
-  with matplotlib.rc_context(_STYLE):
-    figure = matplotlib.figure.Figure(figsize=(10, height))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    handles = {}
-    for axis, (title, unit, curves, is_share) in zip(axes, panels, strict=True):
-      handles |= _panel(axis, title, unit, curves, names, is_share)
-    figure.legend(
-      [handles[name] for name in names],
-      [_label(_cut(name, 40)) for name in names],
-      loc='upper left',
-      bbox_to_anchor=(0.01, 1.0),
-      ncols=3,
-      frameon=False,
-      fontsize=9,
-    )
-    _fit(figure, height, top=0.12 + 0.19 * lines)
-  return figure
-
-
-def _panel(
-  axis: matplotlib.axes.Axes,
-  title: str,
-  unit: str,
-  curves: dict[str, dict[float, list[float]]],
-  names: Sequence[str],
-  is_share: bool,
-) -> dict[str, object]:
-  """Draws mean curves with the range over seeds; returns a line by name."""
-  handles = {}
-  for name, points in curves.items():
-    i = names.index(name)
-    style = {
-      'color': SERIES[i % len(SERIES)],
-      'linestyle': _DASHES[i // len(SERIES) % len(_DASHES)],
-    }
-    at = sorted(points)
-    means = [sum(points[x]) / len(points[x]) for x in at]
-    marker = 'o' if len(at) == 1 else ''
-    (handles[name],) = axis.plot(
-      at, means, linewidth=1.8, marker=marker, **style
-    )
-    axis.fill_between(
-      at,
-      [min(points[x]) for x in at],
-      [max(points[x]) for x in at],
-      color=style['color'],
-      alpha=0.15,
-      linewidth=0,
-    )
-  if is_share:
-    axis.set_ylim(-0.02, 1.02)
-    axis.yaxis.set_major_formatter(_tick)
-  else:
-    axis.set_ylim(bottom=0)
-  axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
-  axis.grid()
-  axis.tick_params(length=0)
-  axis.set_title(title)
-  axis.set_xlabel(unit)
-  return handles
-
-
-def _curves(
-  run: _read.Run, kind: str, unit: str, name: str
-) -> dict[str, dict[float, list[float]]]:
-  """Returns a metric's values over seeds at each round or step, by arm."""
-  curves = {}
-  for record in run.of_kind(kind):
-    at, value = record.get(unit), _tables.numbers([record], name)
-    if isinstance(at, int | float) and value:
-      label = str(record.get('arm'))
-      if kind == 'repair':
-        label = f'{label}, {record.get("stage")}'
-      curves.setdefault(label, {}).setdefault(at, []).extend(value)
-  return curves
-
-
 def alt_headline(run: _read.Run) -> str:
   """Returns the headline's figure in words."""
   rows = '; '.join(
@@ -260,16 +165,6 @@ def alt_headline(run: _read.Run) -> str:
   )
   titles = ', '.join(c.title for c in _tables.headline_columns(run))
   return f'Bars with 95 % intervals. Columns: {titles}. {rows}.'
-
-
-def alt_training(run: _read.Run) -> str:
-  """Returns the figure of curves in words: where each curve ends."""
-  ends = []
-  for name in ('client/loss', 'defense/weight_on_malicious'):
-    for arm, points in _curves(run, 'round', 'round', name).items():
-      last = points[max(points)]
-      ends.append(f'{name} of {arm} ends at {sum(last) / len(last):.3f}')
-  return f'Curves over rounds. {"; ".join(ends)}.'
 
 
 def to_svg(figure: matplotlib.figure.Figure, name: str, alt: str) -> str:
@@ -282,7 +177,7 @@ def to_svg(figure: matplotlib.figure.Figure, name: str, alt: str) -> str:
   """
   buffer = io.StringIO()
   nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  with matplotlib.rc_context(_STYLE | {'svg.hashsalt': name}):
+  with matplotlib.rc_context(STYLE | {'svg.hashsalt': name}):
     _save(figure, buffer, format='svg', metadata=nothing, transparent=True)
   text = buffer.getvalue()
   text = text[text.index('<svg') :]
@@ -297,7 +192,7 @@ def to_svg(figure: matplotlib.figure.Figure, name: str, alt: str) -> str:
 def to_png(figure: matplotlib.figure.Figure) -> bytes:
   """Returns the figure on white, for places without style sheets."""
   buffer = io.BytesIO()
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     _save(
       figure,
       buffer,
@@ -333,35 +228,35 @@ def _attribute(text: str) -> str:
   return ''.join(marks.get(character, character) for character in text)
 
 
-def _label(text: str) -> str:
+def legend_label(text: str) -> str:
   """Returns a legend's text; matplotlib drops those with a leading dash."""
   return f' {text}' if text.startswith('_') else text
 
 
-def _short_labels(run: _read.Run) -> list[str]:
-  """Returns the rows' labels, broken in two lines where they are long."""
-  labels = []
-  for row in run.rows:
-    words = _cut(row.label, 52)
+def short_labels(labels: Sequence[str]) -> list[str]:
+  """Returns rows' labels, broken in two lines where they are long."""
+  short = []
+  for label in labels:
+    words = cut(label, 52)
     middle = words.rfind(' ', 0, 27) if len(words) > 26 else -1
-    labels.append(
+    short.append(
       words if middle < 1 else f'{words[:middle]}\n{words[middle + 1 :]}'
     )
-  return labels
+  return short
 
 
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int) -> str:
   """Returns one line of text, cut to a length."""
   text = ' '.join(text.split())
   return text if len(text) <= length else f'{text[: length - 1]}…'
 
 
-def _tick(value: float, unused_position: int) -> str:
+def tick(value: float, unused_position: int) -> str:
   """Returns a tick of a share without needless zeros."""
   return f'{value:g}'
 
 
-def _fit(
+def fit(
   figure: matplotlib.figure.Figure, height: float, top: float = 0.0
 ) -> None:
   """Lays the panels out, leaving `top` inches for a legend."""

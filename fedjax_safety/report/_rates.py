@@ -12,7 +12,7 @@ EXACT_MATCH = 'exact_match'
 # The verdicts on tasks, the one of the headline first: whether the answer is
 # the reference, or follows the instructions that a program can check.
 TASK_TITLES = {EXACT_MATCH: 'exact match', 'follows': 'instructions followed'}
-_ENOUGH_SEEDS = 3
+ENOUGH_SEEDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def rate(counts: Mapping[int, Count]) -> Cell | None:
   missing = sum(value.missing for value in counts.values())
   if missing == sum(value.total for value in counts.values()):
     return Cell(None, 0.0, 1.0, prompts, len(counts), missing, 'Wilson')
-  if len(rates) >= _ENOUGH_SEEDS and min(rates) < max(rates):
+  if len(rates) >= ENOUGH_SEEDS and min(rates) < max(rates):
     interval, method = statistics.mean_interval(rates), 't'
   else:
     mean = sum(rates) / len(rates)
@@ -151,7 +151,7 @@ def difference(
   if ours is None or theirs is None or None in (ours.value, theirs.value):
     return None
   gaps = [counts[seed].rate - reference[seed].rate for seed in seeds]
-  if len(gaps) >= _ENOUGH_SEEDS and min(gaps) < max(gaps):
+  if len(gaps) >= ENOUGH_SEEDS and min(gaps) < max(gaps):
     interval, method = statistics.mean_interval(gaps), 't'
   else:
     interval, method = _newcombe(ours, theirs), 'Newcombe'

@@ -267,39 +267,6 @@ def _set_table(run: _read.Run, role: str, judge: str) -> Table | None:
   return quiet(Table(f'{caption}, set by set', ('', *sets), rows))
 
 
-def weights(run: _read.Run) -> Table | None:
-  """Returns what the aggregator gave to malicious clients, for each arm."""
-  arms = {}
-  for record in run.of_kind('round'):
-    arms.setdefault(str(record.get('arm')), []).append(record)
-  if not arms:
-    return None
-  rows = tuple((arm, _weight_boxes(records)) for arm, records in arms.items())
-  header = (
-    'Arm',
-    'rounds, all seeds',
-    'their mean weight ↓',
-    'rounds that left them out ↑',
-    'non-finite deltas ↓',
-  )
-  return Table('Weight given to malicious clients', header, rows)
-
-
-def _weight_boxes(records: Sequence[_read.Record]) -> tuple[Box, ...]:
-  """Returns one arm's boxes of the table of weights."""
-  values = numbers(records, 'defense/weight_on_malicious')
-  bad = round(sum(numbers(records, 'defense/num_nonfinite')))
-  mean, excluded = Box(NOTHING, 'not known'), Box(NOTHING)
-  if values:
-    average = math.fsum(values) / len(values)
-    mean = Box(
-      f'{average:.3f}', f'{len(values)} rounds known', share=min(average, 1.0)
-    )
-    caught = sum(value <= 0 for value in values)
-    excluded = Box(f'{caught} of {len(values)}')
-  return (Box(str(len(records))), mean, excluded, Box(str(bad)))
-
-
 def numbers(records: Sequence[_read.Record], name: str) -> list[float]:
   """Returns the values of a metric where it has one."""
   values = [record.get(name) for record in records]
@@ -308,37 +275,6 @@ def numbers(records: Sequence[_read.Record], name: str) -> list[float]:
     for value in values
     if isinstance(value, int | float) and math.isfinite(value)
   ]
-
-
-def cost(run: _read.Run) -> Table | None:
-  """Returns seconds by arm and stage, the mean over seeds."""
-  spent = {}
-  for record in run.of_kind('stage'):
-    for value in numbers([record], 'time/seconds'):
-      arm, stage = str(record.get('arm')), str(record.get('stage'))
-      spent.setdefault(arm, {}).setdefault(stage, []).append(value)
-  if not spent:
-    return None
-  stages = list(dict.fromkeys(s for times in spent.values() for s in times))
-  rows = tuple(
-    (arm, _cost_boxes(run, arm, times, stages)) for arm, times in spent.items()
-  )
-  header = ('Arm', *stages, 'all stages', 'median round')
-  return Table('Time, mean over seeds', header, rows)
-
-
-def _cost_boxes(
-  run: _read.Run, arm: str, times: dict[str, list[float]], stages: list[str]
-) -> tuple[Box, ...]:
-  """Returns one arm's boxes of the table of costs."""
-  means = {stage: sum(v) / len(v) for stage, v in times.items()}
-  rounds = [r for r in run.of_kind('round') if str(r.get('arm')) == arm]
-  seconds = sorted(numbers(rounds, 'time/round_s'))
-  return (
-    *(Box(duration(means.get(stage))) for stage in stages),
-    Box(duration(sum(means.values()))),
-    Box(duration(seconds[len(seconds) // 2] if seconds else None)),
-  )
 
 
 def duration(seconds: float | None) -> str:

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fedjax_safety import statistics
 from fedjax_safety.report import (
   _agreement,
   _answers,
+  _caught,
+  _costs,
   _details,
   _escape,
   _rates,
@@ -47,7 +49,7 @@ def markdown(
     parts += [_table(t) for t in (*_sweep.tables(run), *_sweep.changes(run))]
   parts += ['## Headline', *_optional(_tables.headline(run))]
   parts.append(_escape.markdown(_answers.believe_line(run)))
-  parts += [f'![{title}]({name})' for name, title in plots.items()]
+  parts += _plot(plots, 'headline')
   parts += _optional(_tables.differences(run))
   for title, role in (
     ('Is it safe?', _rates.HARMFUL),
@@ -58,8 +60,7 @@ def markdown(
     parts += _or_nothing(_tables.per_set(run, role))
   parts.append('## Do the judges agree? (Cohen’s κ)')
   parts += _or_nothing([*_agreement.matrices(run), _agreement.truth_table(run)])
-  parts += ['## Who was caught?', *_or_nothing([_tables.weights(run)])]
-  parts += ['## What did it cost?', *_or_nothing([_tables.cost(run)])]
+  parts += _caught_and_cost(run, plots)
   parts.append('## Are the prompts kept apart?')
   parts.append(_escape.markdown(_answers.overlap_line(run)))
   parts += _optional(_details.overlap_table(run))
@@ -69,6 +70,26 @@ def markdown(
   for name, content in run.manifests:
     parts += [f'### Repair {_escape.markdown(name)}', _fenced_json(content)]
   return '\n\n'.join(parts) + '\n'
+
+
+def _plot(plots: dict[str, str], name: str) -> list[str]:
+  """Returns the picture of that name, if there is one."""
+  path = f'plots/{name}.png'
+  return [f'![{plots[path]}]({path})'] if path in plots else []
+
+
+def _caught_and_cost(run: _read.Run, plots: dict[str, str]) -> list[str]:
+  """Returns who was caught, what it cost and how training went."""
+  parts = ['## Who was caught?', *_plot(plots, 'detection')]
+  table = _caught.table(run)
+  parts += _or_nothing([table])
+  if table is not None:
+    parts.append(_list(_caught.NOTES))
+  parts += ['## What did it cost?', *_plot(plots, 'cost')]
+  parts += _or_nothing([_costs.table(run)])
+  if training := _plot(plots, 'training'):
+    parts += ['## How did training go?', *training]
+  return parts
 
 
 def _notices(run: _read.Run) -> list[str]:
@@ -90,7 +111,7 @@ def _notices(run: _read.Run) -> list[str]:
   return notices
 
 
-def _list(lines: list[str]) -> str:
+def _list(lines: Sequence[str]) -> str:
   """Returns a bulleted list."""
   return '\n'.join(f'* {_escape.markdown(line)}' for line in lines)
 

@@ -179,6 +179,22 @@ def test_fldetector_does_not_depend_on_the_unit(scale):
   assert _play(scaled, 7)[0] == _play(clients, 7)[0]
 
 
+def test_fldetector_gives_its_scores():
+  rows = jnp.asarray(_clients(0)(np.zeros(SIZE)))
+
+  def metrics(*preaggregators):
+    rule = aggregators.build(
+      'fldetector', cohort_size=COHORT, preaggregators=preaggregators
+    )
+    key = jax.random.key(0)
+    state = rule.init(rows[0])
+    return rule.update(rows, state, weights=None, key=key).metrics
+
+  assert metrics()['client_scores'].shape == (COHORT,)
+  # Buckets of clients are no clients.
+  assert 'client_scores' not in metrics({'name': 'bucketing', 'bucket_size': 2})
+
+
 def test_build_refuses():
   with pytest.raises(ValueError, match='window=0'):
     aggregators.build('fldetector', cohort_size=5, window=0)

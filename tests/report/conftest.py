@@ -24,6 +24,7 @@ ROWS = (
   ('no_attack', 'federated', 'no attack', 0, 0.98, 0.92, 0.02),
   ('mean', 'federated', 'attacked, plain averaging', 1, 0.06, 0.91, 0.0),
   ('krum', 'federated', 'attacked, krum', 2, 0.35, 0.9, 0.01),
+  ('median', 'federated', 'attacked, median', 2.5, 0.1, 0.9, 0.0),
   ('mean', 'repair_public', 'repaired, public data', 3, 0.97, 0.9, 0.05),
   ('mean', 'repair_self', 'repaired, its own data', 4, 0.93, 0.85, 0.12),
 )
@@ -114,10 +115,58 @@ def verdicts(role, safe, exact, refused, rng):
   }
 
 
+def round_record(arm, rng):
+  """Returns what a rule made of five clients, two of them malicious.
+
+  Plain averaging weighs all alike, the median tells nothing of weights, and
+  Krum keeps one client, seldom a malicious one.
+  """
+  malicious = [arm != 'no_attack' and row > 2 for row in range(5)]
+  scores = [rng.random() + bad for bad in malicious]
+  record = {
+    'client/id_by_row': list(range(5)),
+    'client/is_malicious_by_row': malicious,
+    'communication/upload_bytes': 4000,
+    'communication/download_bytes': 6000,
+    'defense/distance_by_row': scores,
+    'defense/num_nonfinite': 0,
+  }
+  if any(malicious):
+    record['defense/distance_auroc'] = auroc(scores, malicious)
+  if arm == 'median':
+    return record
+  weights = [0.2] * 5
+  if arm == 'krum':
+    kept = rng.choice((0, 1, 2, 3))
+    weights = [float(row == kept) for row in range(5)]
+  left_out = [weight == 0 for weight in weights]
+  pairs = list(zip(left_out, malicious, strict=True))
+  record |= {
+    'defense/client_weights': weights,
+    'defense/weight_on_malicious': sum(weights[3:]) if any(malicious) else 0.0,
+    'defense/false_positive_rate': sum(out and not bad for out, bad in pairs)
+    / malicious.count(False),
+  }
+  if any(malicious):
+    record['defense/detection_recall'] = sum(o and b for o, b in pairs) / 2
+    record['defense/detection_auroc'] = auroc([-w for w in weights], malicious)
+  return record
+
+
+def auroc(scores, malicious):
+  """Returns the share of pairs in which the malicious one scores higher."""
+  pairs = [
+    (s > t) + 0.5 * (s == t)
+    for s, bad in zip(scores, malicious, strict=True)
+    for t, other in zip(scores, malicious, strict=True)
+    if bad and not other
+  ]
+  return sum(pairs) / len(pairs)
+
+
 def metric_records(seeds, num_rounds, rng):
   """Returns the metrics of every arm."""
-  weights = {'no_attack': None, 'mean': 0.3, 'krum': 0.06}
-  for arm, weight in weights.items():
+  for arm in ('no_attack', 'mean', 'krum', 'median'):
     for seed in seeds:
       for i in range(num_rounds):
         yield {
@@ -126,10 +175,7 @@ def metric_records(seeds, num_rounds, rng):
           'seed': seed,
           'round': i,
           'client/loss': 0.4 + 1.6 * 0.85**i + 0.1 * rng.random(),
-          'defense/weight_on_malicious': None
-          if weight is None
-          else max(0.0, weight + rng.uniform(-0.1, 0.1)),
-          'defense/num_nonfinite': 0,
+          **round_record(arm, rng),
           'time/round_s': 0.8 + 0.1 * rng.random(),
         }
       for stage, time in (('federated', 42.0), ('evaluation', 6.5)):

@@ -28,12 +28,14 @@ def test_every_file_is_written_where_it_says(built):
   workdir = built['html'].parent
   assert {k: str(v.relative_to(workdir)) for k, v in built.items()} == {
     'headline_plot': 'plots/headline.png',
+    'detection_plot': 'plots/detection.png',
+    'cost_plot': 'plots/cost.png',
     'training_plot': 'plots/training.png',
     'html': 'report.html',
     'markdown': 'report.md',
     'csv': 'report.csv',
   }
-  for name in ('headline_plot', 'training_plot'):
+  for name in ('headline_plot', 'detection_plot', 'cost_plot'):
     assert built[name].read_bytes().startswith(b'\x89PNG')
   assert not list(workdir.rglob('*.part'))
 
@@ -73,9 +75,11 @@ def test_the_page_follows_light_and_dark(built):
 def test_the_figures_say_in_words_what_they_show(built, parse):
   page = parse(read(built, 'html'))
   words = [a['aria-label'] for t, a in page.elements if t == 'svg']
-  assert len(words) == 2
+  assert len(words) == 4
   assert 'attacked, krum' in words[0] and 'truth' in words[0]
-  assert 'weight_on_malicious of krum ends at 0.' in words[1]
+  assert 'Weight on malicious clients: attacked, plain averaging' in words[1]
+  assert 'attacked, krum: ' in words[2]
+  assert 'no attack ends at 1.' in words[3]
 
 
 def test_missing_parts_are_named_and_the_rest_is_reported(three_seeds):

@@ -8,7 +8,9 @@ import matplotlib
 import matplotlib.container
 import pytest
 
-from fedjax_safety.report import _plots, _rates, _read, _tables
+from fedjax_safety.report import _charts, _plots, _rates, _read, _tables
+
+CHARTS = (_charts.detection, _charts.cost, _charts.training)
 
 
 @pytest.fixture
@@ -48,32 +50,11 @@ def test_the_error_bars_are_the_intervals(run):
     assert segment[:, 0] == pytest.approx([cell.low, cell.high])
 
 
-def test_the_curves_are_means_over_seeds(run):
-  axis = _plots.training(run).axes[0]
-  assert axis.get_title(loc='left') == 'Loss of the clients ↓'
-  assert len(axis.lines) == 3
-  for line, arm in zip(axis.lines, ('no_attack', 'mean', 'krum'), strict=True):
-    for number, loss in zip(*line.get_data(), strict=True):
-      values = [
-        record['client/loss']
-        for record in run.of_kind('round')
-        if (record['arm'], record['round']) == (arm, number)
-      ]
-      assert len(values) == 3
-      assert loss == pytest.approx(sum(values) / 3)
-
-
-def test_arms_without_weights_have_no_curve_of_weights(run):
-  axes = _plots.training(run).axes
-  titles = [axis.get_title(loc='left') for axis in axes]
-  weights = axes[titles.index('Weight on malicious clients ↓')]
-  assert len(weights.lines) == 2
-
-
 def test_there_is_no_figure_of_nothing(run):
   empty = dataclasses.replace(run, rows=[], metrics=[])
   assert _plots.headline(empty) is None
-  assert _plots.training(empty) is None
+  for draw in CHARTS:
+    assert draw(empty) is None
 
 
 def test_no_judge_and_one_row_are_enough_for_a_figure(run):
@@ -84,13 +65,13 @@ def test_no_judge_and_one_row_are_enough_for_a_figure(run):
 def test_any_name_can_be_drawn(run):
   names = ['$\\frac{$', '_under', '日本語' * 20, 'a\nb\nc', '', '%s {x}']
   rows = [dataclasses.replace(run.rows[0], label=name) for name in names]
-  records = [
-    record | {'arm': f'_{name}'} for name in names for record in run.metrics[:2]
-  ]
+  some = [*run.of_kind('round')[-1:], *run.of_kind('stage')[:1]]
+  records = [r | {'arm': f'_{name}'} for name in names for r in some]
   odd = dataclasses.replace(run, rows=rows, metrics=records)
   with warnings.catch_warnings():
     warnings.simplefilter('error')
-    for figure in (_plots.headline(odd), _plots.training(odd)):
+    for draw in (_plots.headline, *CHARTS):
+      figure = draw(odd)
       assert _plots.to_png(figure)
       assert '<svg' in _plots.to_svg(figure, 'odd', 'words')
 
@@ -98,7 +79,7 @@ def test_any_name_can_be_drawn(run):
 def test_figures_share_no_identifier(run):
   texts = [
     _plots.to_svg(_plots.headline(run), 'headline', ''),
-    _plots.to_svg(_plots.training(run), 'training', ''),
+    _plots.to_svg(_charts.detection(run), 'detection', ''),
   ]
   first, second = (set(re.findall(r' id="([^"]*)"', text)) for text in texts)
   assert first and second
@@ -113,5 +94,5 @@ def test_every_color_follows_the_page(run):
 
 def test_drawing_changes_no_setting(run):
   before = dict(matplotlib.rcParams)
-  _plots.to_png(_plots.training(run))
+  _plots.to_png(_charts.training(run))
   assert dict(matplotlib.rcParams) == before

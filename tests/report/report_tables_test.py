@@ -260,19 +260,6 @@ def test_the_rule_is_held_against_the_truth(workdir):
   assert [name for name, _ in table.groups] == ['rule list', 'learned judge']
 
 
-def test_weights_on_malicious_clients_by_arm(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  values = [
-    r['defense/weight_on_malicious']
-    for r in map(json.loads, lines)
-    if r['kind'] == 'round' and r['arm'] == 'krum'
-  ]
-  rows = dict(_tables.weights(_read.load(workdir)).rows)
-  assert rows['krum'][1].text == f'{sum(values) / len(values):.3f}'
-  assert rows['krum'][2].text == f'{values.count(0.0)} of {len(values)}'
-  assert rows['no_attack'][1].text == '—'
-
-
 @pytest.mark.parametrize(
   ('seconds', 'words'),
   [
@@ -286,18 +273,6 @@ def test_weights_on_malicious_clients_by_arm(workdir):
 )
 def test_durations(seconds, words):
   assert _tables.duration(seconds) == words
-
-
-def test_costs_are_means_over_seeds(three_seeds):
-  table = _tables.cost(_read.load(three_seeds))
-  assert table.header == (
-    'Arm',
-    'federated',
-    'evaluation',
-    'all stages',
-    'median round',
-  )
-  assert [label for label, _ in table.rows] == ['no_attack', 'mean', 'krum']
 
 
 @pytest.mark.parametrize(
