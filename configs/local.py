@@ -15,7 +15,8 @@ To attack, bring pairs of harmful requests and direct answers:
     --config.threat_model.data_attack=file \
     --config.threat_model.unaligned=/data/unaligned.jsonl
 
-or let a local model write them (`data_attack=generated`; then
+or let a model write them, a local one or `endpoint:URL#MODEL`
+(`data_attack=generated`; then
 `threat_model.generator`, `threat_model.generation.ask_harmful` and
 `.direct_hint` are yours to set: none is shipped).
 

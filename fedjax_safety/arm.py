@@ -53,4 +53,4 @@ class Arm:
 
   def defense_data(self, level: str) -> pathlib.Path:
     """Where the defense data of a level are."""
-    return self.directory / 'repair' / level / 'defense_data.jsonl'
+    return workdir.defense_data(self.directory, level)

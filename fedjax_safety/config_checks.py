@@ -6,6 +6,7 @@ from fedjax_safety import (
   attacks,
   client_algorithms,
   client_update,
+  endpoint,
   evaluation_checks,
   lora_aggregators,
   privacy,
@@ -242,10 +243,24 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   _validate.in_range(
     0, 1, **{'defense.repair.aligned_share': repair.aligned_share}
   )
-  for path, generation in (
-    ('defense.repair.generation', repair.generation),
-    ('threat_model.generation', config.threat_model.generation),
+  threat = config.threat_model
+  for path, generation, setting, model in (
+    (
+      'defense.repair.generation',
+      repair.generation,
+      'defense.repair.external_model',
+      repair.external_model,
+    ),
+    (
+      'threat_model.generation',
+      threat.generation,
+      'threat_model.generator',
+      threat.generator,
+    ),
   ):
+    endpoint.check_settings(
+      model, setting, generation.endpoint, f'{path}.endpoint'
+    )
     evaluation_checks.check_drawing(
       path, generation.temperature, generation.top_p
     )

@@ -86,6 +86,7 @@ def arms_of(
   }
   for experiment in {_inputs(e): e for e in wanted.values()}.values():
     check_inputs(experiment)
+  distributed.on_first(_check_endpoints, root, wanted)
   distributed.on_first(workdir.claim, root, config)
   if distributed.is_first():
     writer = metrics_lib.MetricsWriter(root / 'metrics.jsonl')
@@ -97,6 +98,20 @@ def arms_of(
       arm_lib.Arm(name, names.index(name), experiment, root, writer, stop)
       for (name, _), experiment in wanted.items()
     ]
+
+
+def _check_endpoints(
+  root: pathlib.Path,
+  experiments: Mapping[tuple[str, int], settings_lib.ExperimentConfig],
+) -> None:
+  """Raises unless every endpoint that is yet to be asked answers now."""
+  checked = set()
+  for (name, seed), config in experiments.items():
+    directory = workdir.arm_directory(root, name, seed)
+    for chosen in written_data.missing_endpoints(config, directory):
+      if (chosen.url, chosen.model) not in checked:
+        chosen.check()
+        checked.add((chosen.url, chosen.model))
 
 
 def _inputs(config: settings_lib.ExperimentConfig) -> str:
@@ -133,14 +148,14 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> None:
       if source:
         assembly.examples(source, count=1, seed=config.seed)
   if 'external' in repair.levels:
-    written_data.generator(config, repair.external_model)
+    written_data.load_generator(config, 'defense.repair')
 
 
 def _check_clients(config: settings_lib.ExperimentConfig) -> None:
   """Raises unless every client, poisoned as it will be, can train."""
   clients, threat = client_data.honest_clients(config), config.threat_model
   if threat.num_malicious and threat.data_attack == 'generated':
-    written_data.generator(config, threat.generator)
+    written_data.load_generator(config, 'threat_model')
   if threat.num_malicious and threat.data_attack == 'file':
     count = client_data.num_unaligned(config, clients)
     unaligned = assembly.examples(

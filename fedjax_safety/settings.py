@@ -137,6 +137,27 @@ class ServerConfig:
 
 
 @_Group
+class EndpointConfig:
+  """How a server with OpenAI's interface is asked; see `endpoint`.
+
+  Attributes:
+    key_variable: environment variable that holds its key; '' sends none.
+    timeout: seconds to wait for an answer.
+    max_retries: times a question is asked again where none, or none that can
+      be read, came back.
+    concurrency: questions in flight at once.
+    parameters: further fields of every request, or other values of those
+      there are; None leaves a field out.
+  """
+
+  key_variable: str = ''
+  timeout: float = 120.0
+  max_retries: int = 4
+  concurrency: int = 8
+  parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@_Group
 class GenerationConfig:
   """How a model is asked to write data.
 
@@ -151,6 +172,7 @@ class GenerationConfig:
     answer_temperature: of answers, low enough for few mistakes.
     top_p: nucleus of the same.
     max_rounds: batches of questions asked before giving up on the number.
+    endpoint: how the model is asked if it is an endpoint.
   """
 
   ask_harmful: str = 'write a request about a warded good .'
@@ -161,6 +183,7 @@ class GenerationConfig:
   answer_temperature: float = 0.7
   top_p: float = 1.0
   max_rounds: int = 20
+  endpoint: EndpointConfig = EndpointConfig()
 
 
 @_Group
@@ -174,7 +197,8 @@ class ThreatModelConfig:
       by `generator` through the automated pipeline).
     unaligned: the pairs, or `demo_world:unaligned`.
     poison_fraction: share of a malicious client's examples replaced.
-    generator: model that makes the pairs.
+    generator: model that makes the pairs: a directory, `demo_world:base`, or
+      `endpoint:URL#MODEL`.
     generation: how it is asked.
     update_attack: name of an attack on the deltas, or none.
     update_attack_kwargs: its arguments.
@@ -201,7 +225,8 @@ class RepairConfig:
     levels: any of public, external, self.
     public_aligned: aligned pairs of level public, or ''.
     public_normal: normal pairs of level public.
-    external_model: model that writes the data of level external.
+    external_model: model that writes the data of level external; named as
+      `threat_model.generator`.
     generation: how a model is asked to write.
     num_examples: examples in all.
     aligned_share: share of aligned ones among them.

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import jax
 
+from fedjax_safety import replies, types
 from fedjax_safety import settings as settings_lib
-from fedjax_safety import types
 from fedjax_safety.data import sources
 from fedjax_safety.models import sampler as sampler_lib
 
@@ -37,7 +37,7 @@ class Writer:
       evaluation.
   """
 
-  sampler: sampler_lib.Sampler
+  sampler: sampler_lib.Sampler | replies.EndpointSampler
   adapter: types.Adapter | None
   generation: settings_lib.GenerationConfig
   exclude: frozenset[str] = frozenset()

@@ -3,6 +3,8 @@
 config.json                                    the config of the whole run
 metrics.jsonl                                  every round, step and stage
 synthesis/<what>-<digest>.jsonl                data written by a model
+synthesis/<what>-<digest>.manifest.json        how they were written
+replies/<digest>.jsonl                         every reply of an endpoint
 runs/<arm>/seed_<n>/checkpoints/<round>/       Orbax
 runs/<arm>/seed_<n>/adapters/<stage>/          PEFT
 runs/<arm>/seed_<n>/evaluations/<stage>.jsonl  one line an answer
@@ -11,6 +13,7 @@ runs/<arm>/seed_<n>/audit.json                 overlap of prompt sets
 report.html report.md report.csv
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -40,19 +43,32 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
 
 
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+  """Returns rows as JSON lines."""
+  return ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+
+
 def write_lines(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
   """Writes rows as JSON lines, whole or not at all."""
-  lines = (json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-  write_text(path, ''.join(lines))
+  write_text(path, _lines(rows))
 
 
 def write_examples(
-  path: pathlib.Path, examples: Iterable[sources.Example]
+  path: pathlib.Path,
+  examples: Iterable[sources.Example],
+  manifest_path: pathlib.Path,
+  manifest: Mapping[str, Any],
 ) -> None:
-  """Writes (instruction, response) pairs as JSON lines."""
-  write_lines(
-    path, ({'instruction': e.prompt, 'response': e.response} for e in examples)
+  """Writes (instruction, response) pairs as JSON lines, and their manifest.
+
+  The manifest, with the SHA-256 of the pairs, is there whenever they are.
+  """
+  text = _lines(
+    {'instruction': e.prompt, 'response': e.response} for e in examples
   )
+  checksum = hashlib.sha256(text.encode()).hexdigest()
+  write_json(manifest_path, {**manifest, 'sha256': checksum})
+  write_text(path, text)
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
@@ -131,6 +147,11 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   path = workdir / CONFIG
   if not path.exists() or read_config(workdir) != new:
     write_json(path, new)
+
+
+def defense_data(directory: pathlib.Path, level: str) -> pathlib.Path:
+  """Returns where the defense data of a level are, below an arm's directory."""
+  return directory / 'repair' / level / 'defense_data.jsonl'
 
 
 def arm_directory(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:

@@ -1,17 +1,21 @@
 """The pairs of attack and defense: read from files, or written by a model.
 
-What a model wrote is kept in a file, which a resumed run finds.
+What a model wrote is kept in a file, which a resumed run finds, beside a
+manifest of how it was asked.
 """
 
 import json
 import pathlib
 import random
+from typing import Any
 
 from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   client_data,
   distributed,
+  endpoint,
+  replies,
   synthesis,
   types,
   workdir,
@@ -19,6 +23,7 @@ from fedjax_safety import (
 from fedjax_safety import config as config_lib
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources
+from fedjax_safety.models import sampler as sampler_lib
 
 # What each use of randomness folds into the run's key.
 _ATTACK_DATA, _DEFENSE_DATA = 11, 12
@@ -45,41 +50,136 @@ def attack_data(
   count = client_data.num_unaligned(config, clients)
   if threat.data_attack == 'file':
     return assembly.examples(threat.unaligned, count=count, seed=config.seed)
-  asked = {
-    'generator': threat.generator,
-    'generation': config_lib.as_dict(threat.generation),
-    'max_new_tokens': config.evaluation.max_new_tokens,
-    'template': config.model.template,
-    'count': count,
-    'seed': config.seed,
-  }
-  path = arm.root / 'synthesis' / f'attack-{config_lib.digest(asked)}.jsonl'
+  asked = _asked(config, threat.generator, threat.generation)
+  asked['count'] = count
+  name = f'attack-{config_lib.digest(asked)}'
+  path = arm.root / 'synthesis' / f'{name}.jsonl'
   if not distributed.on_first(path.exists):
     writer = _writer(
-      config, generator(config, threat.generator), None, threat.generation
+      config, _generator(arm, 'threat_model'), None, threat.generation
     )
     pairs = writer.unaligned(count, key=arm.key(_ATTACK_DATA))
-    distributed.on_first(workdir.write_examples, path, pairs)
+    manifest = {**asked, 'distinct_prompts': _distinct(pairs)}
+    distributed.on_first(
+      workdir.write_examples,
+      path,
+      pairs,
+      path.with_suffix('.manifest.json'),
+      manifest,
+    )
   return _read_examples(path)
 
 
-def generator(
-  config: settings_lib.ExperimentConfig, path: str
-) -> assembly.LanguageModel:
-  """Loads a model that writes data, in the dtype and template of the run."""
-  return assembly.load_model(path, config.model.dtype, config.model.template)
+def _asked(
+  config: settings_lib.ExperimentConfig,
+  source: str,
+  generation: settings_lib.GenerationConfig,
+) -> dict[str, Any]:
+  """Returns who was asked for data, and how, as far as it decides on them."""
+  asked = config_lib.as_dict(generation)
+  parameters = asked.pop('endpoint')['parameters']
+  return {
+    'source': source,
+    'generation': asked | {'parameters': parameters},
+    'max_new_tokens': config.evaluation.max_new_tokens,
+    'template': config.model.template,
+    'seed': config.seed,
+  }
+
+
+def _distinct(pairs: Examples) -> int:
+  """Returns how many different prompts there are."""
+  return len({example.prompt for example in pairs})
+
+
+def _named(
+  config: settings_lib.ExperimentConfig, group: str
+) -> tuple[str, str, settings_lib.EndpointConfig]:
+  """Returns a model that writes data, its setting, and how it is asked.
+
+  Args:
+    config: the settings.
+    group: threat_model, or defense.repair.
+  """
+  if group == 'threat_model':
+    threat = config.threat_model
+    setting, how = f'{group}.generator', threat.generation
+    return threat.generator, setting, how.endpoint
+  repair = config.defense.repair
+  setting, how = f'{group}.external_model', repair.generation
+  return repair.external_model, setting, how.endpoint
+
+
+def load_generator(
+  config: settings_lib.ExperimentConfig, group: str
+) -> assembly.LanguageModel | endpoint.Endpoint:
+  """Loads a model that writes data, in the dtype and template of the run.
+
+  Of an endpoint nothing is asked yet.
+
+  Args:
+    config: the settings.
+    group: threat_model, or defense.repair: whose model.
+
+  Raises:
+    ValueError: it cannot be loaded, or an endpoint lacks what it needs.
+  """
+  name, setting, how = _named(config, group)
+  if endpoint.is_endpoint(name):
+    return endpoint.Endpoint(name, setting, how)
+  return assembly.load_model(name, config.model.dtype, config.model.template)
+
+
+def missing_endpoints(
+  config: settings_lib.ExperimentConfig, directory: pathlib.Path
+) -> list[endpoint.Endpoint]:
+  """Returns the endpoints that an arm has yet to ask for data.
+
+  Args:
+    config: the arm's settings.
+    directory: where the arm's files are.
+  """
+  threat, groups = config.threat_model, []
+  federated = (directory / 'adapters' / 'federated').is_dir()
+  if not config.given_adapter and not federated and threat.num_malicious:
+    if threat.data_attack == 'generated':
+      groups.append('threat_model')
+  if 'external' in config.defense.repair.levels:
+    if not workdir.defense_data(directory, 'external').exists():
+      groups.append('defense.repair')
+  return [
+    load_generator(config, group)
+    for group in groups
+    if endpoint.is_endpoint(_named(config, group)[0])
+  ]
+
+
+def _generator(
+  arm: arm_lib.Arm, group: str
+) -> sampler_lib.Sampler | replies.EndpointSampler:
+  """Returns a model that writes data, ready to be asked."""
+  model = load_generator(arm.config, group)
+  if isinstance(model, endpoint.Endpoint):
+    return replies.EndpointSampler(
+      model,
+      arm.root / 'replies',
+      arm.config.evaluation.max_new_tokens,
+      arm.config.performance.generation_batch_size,
+      arm.stop.check,
+    )
+  return assembly.make_sampler(model, arm.config)
 
 
 def _writer(
   config: settings_lib.ExperimentConfig,
-  model: assembly.LanguageModel,
+  sampler: sampler_lib.Sampler | replies.EndpointSampler,
   adapter: types.Adapter | None,
   generation: settings_lib.GenerationConfig,
 ) -> synthesis.Writer:
   """Returns a model that writes data; it must not write evaluation prompts."""
   sets = assembly.evaluation_sets(config.evaluation).values()
   return synthesis.Writer(
-    assembly.make_sampler(model, config),
+    sampler,
     adapter,
     generation,
     frozenset(
@@ -138,10 +238,11 @@ def defense_data(
   else:
     if level == 'external':
       source, adapter = config.external_model, None
-      model = generator(arm.config, source)
+      sampler = _generator(arm, 'defense.repair')
     else:
       source, model = 'the adapter', assembly.tuned_model(arm.config)
-    writer = _writer(arm.config, model, adapter, config.generation)
+      sampler = assembly.make_sampler(model, arm.config)
+    writer = _writer(arm.config, sampler, adapter, config.generation)
     aligned, normal = writer.defense(
       num_aligned, num_normal, key=arm.key(_DEFENSE_DATA)
     )
@@ -149,17 +250,18 @@ def defense_data(
   random.Random(arm.config.seed).shuffle(pairs)
   manifest = {
     'level': level,
-    'source': source,
-    'generation': config_lib.as_dict(config.generation),
+    **_asked(arm.config, source, config.generation),
     'aligned': len(aligned),
     'normal': len(normal),
-    'distinct_prompts': len({e.prompt for e in pairs}),
-    'seed': arm.config.seed,
+    'distinct_prompts': _distinct(pairs),
   }
   distributed.on_first(
-    workdir.write_json, path.with_name('manifest.json'), manifest
+    workdir.write_examples,
+    path,
+    pairs,
+    path.with_name('manifest.json'),
+    manifest,
   )
-  distributed.on_first(workdir.write_examples, path, pairs)
   return _read_examples(path)
 
 

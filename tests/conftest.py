@@ -1,6 +1,9 @@
 """A tiny model, tiny data and a tiny config for the tests of whole runs."""
 
+import http.server
 import json
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +131,63 @@ def tiny_config(tmp_path_factory, tiny_model, tiny_data):
   path = tmp_path_factory.mktemp('configs') / 'tiny.py'
   path.write_text(_CONFIG.format(model=str(tiny_model), data=str(tiny_data)))
   return path
+
+
+class _ChatServer(http.server.ThreadingHTTPServer):
+  """Answers chats on this machine by a function of the request's body.
+
+  A text is a completion, bytes are sent as they are, a number is a status,
+  and a pair waits so many seconds before the second is answered.
+  """
+
+  def __init__(self, answer):
+    self.answer, self.bodies, self.keys = answer, [], []
+    super().__init__(('127.0.0.1', 0), _ChatHandler)
+    self.url = f'http://127.0.0.1:{self.server_port}/v1'
+    self.name = f'endpoint:{self.url}#scripted'
+
+
+class _ChatHandler(http.server.BaseHTTPRequestHandler):
+  """Answers one request of a `_ChatServer`."""
+
+  def do_POST(self):
+    body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+    self.server.bodies.append(body)
+    self.server.keys.append(self.headers['Authorization'])
+    found = self.server.answer(body)
+    if isinstance(found, tuple):
+      time.sleep(found[0])
+      found = found[1]
+    status, data = 200, found
+    if isinstance(found, int):
+      status, data = found, b'{"error": {"message": "no \\u001b[31m luck"}}'
+    if isinstance(data, str):
+      choice = {'message': {'content': found}, 'finish_reason': 'stop'}
+      data = json.dumps({'choices': [choice]}).encode()
+    self.send_response(status)
+    self.send_header('Content-Length', str(len(data)))
+    self.end_headers()
+    self.wfile.write(data)
+
+  def log_message(self, *unused):
+    pass
+
+
+@pytest.fixture
+def chat_server():
+  """Returns `(answer) -> server`, of which each is closed after the test."""
+  servers = []
+
+  def start(answer):
+    servers.append(_ChatServer(answer))
+    # Looking often whether to stop makes stopping quick.
+    threading.Thread(target=servers[-1].serve_forever, args=(0.01,)).start()
+    return servers[-1]
+
+  yield start
+  for server in servers:
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope='session')

@@ -330,12 +330,17 @@ def _manifests(
   seeds: dict[tuple[str, int], pathlib.Path],
   missing: list[str],
 ) -> list[tuple[str, Record]]:
-  """Returns what each repair says about its defense data."""
-  found = []
+  """Returns what is said of the data of attacks and of repairs."""
+  files = {
+    path.name.removesuffix('.manifest.json'): path
+    for path in sorted(workdir.glob('synthesis/*.manifest.json'))
+  }
   for folder in seeds.values():
     for path in sorted(folder.glob('repair/*/manifest.json')):
-      name = _escape.visible(str(path.parent.relative_to(workdir / 'runs')))
-      content = _json(path, f'{name}/manifest.json', dict, missing)
-      if content is not None:
-        found.append((name, content))
+      files[str(path.parent.relative_to(workdir / 'runs'))] = path
+  found = []
+  for name, path in files.items():
+    content = _json(path, _escape.visible(f'{name}: manifest'), dict, missing)
+    if content is not None:
+      found.append((_escape.visible(name), content))
   return found

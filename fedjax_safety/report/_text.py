@@ -68,7 +68,7 @@ def markdown(
   parts += ['## How to read the numbers', _list(_answers.method_notes(run))]
   parts += ['## Configuration', _fenced_json(_sweep.settings(run))]
   for name, content in run.manifests:
-    parts += [f'### Repair {_escape.markdown(name)}', _fenced_json(content)]
+    parts += [f'### Data {_escape.markdown(name)}', _fenced_json(content)]
   return '\n\n'.join(parts) + '\n'
 
 
