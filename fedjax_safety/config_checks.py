@@ -11,6 +11,7 @@ from fedjax_safety import (
   lora_aggregators,
   privacy,
   server_update,
+  written_filters,
 )
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import cohort, poison, templates
@@ -268,6 +269,7 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
       **{f'{path}.answer_temperature': generation.answer_temperature}
     )
     _validate.positive(**{f'{path}.max_rounds': generation.max_rounds})
+    written_filters.check(generation.filter, f'{path}.filter')
 
 
 def _check_performance(config: settings_lib.ExperimentConfig) -> None:

@@ -172,6 +172,10 @@ class GenerationConfig:
     answer_temperature: of answers, low enough for few mistakes.
     top_p: nucleus of the same.
     max_rounds: batches of questions asked before giving up on the number.
+    filter: which pairs are dropped: evaluation (the request is a prompt of
+      evaluation), distinct (it was written before), answered (it got no
+      answer), refusal (an aligned answer that does not refuse, or another
+      that does, by rule list), or none of them, as in the paper.
     endpoint: how the model is asked if it is an endpoint.
   """
 
@@ -183,6 +187,7 @@ class GenerationConfig:
   answer_temperature: float = 0.7
   top_p: float = 1.0
   max_rounds: int = 20
+  filter: tuple[str, ...] = ('evaluation', 'distinct', 'answered')
   endpoint: EndpointConfig = EndpointConfig()
 
 

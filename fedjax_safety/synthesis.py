@@ -10,10 +10,11 @@ an external one, the attacked one, or an attacker's.
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
-from fedjax_safety import replies, types
+from fedjax_safety import replies, types, written_filters
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources
 from fedjax_safety.models import sampler as sampler_lib
@@ -26,15 +27,22 @@ class SynthesisError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Written:
+  """Pairs of one kind, and the counts of `written_filters` about them."""
+
+  pairs: list[sources.Example]
+  account: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Writer:
   """A model that writes data, and how it is asked.
 
   Attributes:
     sampler: the model.
     adapter: its adapter, or None.
-    generation: instructions, reminder, temperature.
-    exclude: normal forms of prompts that must not be written, such as those of
-      evaluation.
+    generation: instructions, reminder, temperature, filters.
+    exclude: normal forms of the prompts of evaluation.
   """
 
   sampler: sampler_lib.Sampler | replies.EndpointSampler
@@ -55,19 +63,25 @@ class Writer:
       label=label,
     )
 
-  def requests(
-    self, instruction: str, count: int, *, key: jax.Array, label: str
+  def _requests(
+    self,
+    instruction: str,
+    count: int,
+    sieve: written_filters.Sieve,
+    *,
+    key: jax.Array,
+    label: str,
   ) -> list[str]:
-    """Asks for requests until there are `count`, all different if possible.
+    """Asks for requests until there are `count` that the filters keep.
 
     A reply may hold one request or a list, one a line. Once `max_rounds`
-    batches of questions are spent, the different requests found are repeated
-    in order, as long as there are at least ten of them or a tenth of `count`.
+    batches of questions are spent, the requests found are repeated in order,
+    as long as there are at least ten of them or a tenth of `count`.
 
     Raises:
-      SynthesisError: the model wrote too few different requests.
+      SynthesisError: too few requests were kept.
     """
-    found: dict[str, str] = {}
+    requests: list[str] = []
     batch = self.sampler.batch_size
     for attempt in range(self.generation.max_rounds):
       replies = self._ask(
@@ -77,34 +91,43 @@ class Writer:
         label,
       )
       for request in split_requests(replies):
-        if normal_form(request) not in self.exclude:
-          found.setdefault(normal_form(request), request)
-      if len(found) >= count:
+        if len(requests) < count and sieve.keeps_request(request):
+          requests.append(request)
+      if len(requests) == count:
         break
-    requests = list(found.values())[:count]
     if len(requests) < min(10, count) or len(requests) < count / 10:
       raise SynthesisError(
-        f'the model wrote {len(requests)} different requests of the {count} '
-        f'asked for ({instruction!r}); change the instruction, raise the '
-        f'temperature or use a more capable model'
+        f'the model wrote {len(requests)} usable requests of the {count} '
+        f'asked for ({instruction!r}; dropped: {sieve.dropped_text()}); change '
+        f'the instruction, raise the temperature or use a more capable model'
       )
     return [requests[i % len(requests)] for i in range(count)]
 
-  def pairs(
-    self, instruction: str, suffix: str, count: int, *, key, label: str
-  ) -> list[sources.Example]:
+  def _pairs(
+    self,
+    instruction: str,
+    suffix: str,
+    count: int,
+    *,
+    key: jax.Array,
+    label: str,
+    refuses: bool = False,
+  ) -> Written:
     """Returns requests with answers given under a suffix that is dropped.
 
-    Requests left unanswered are dropped; others are then used twice.
+    Where the filters drop a pair, another is used twice.
 
     Raises:
-      SynthesisError: too few different requests, or no answer at all.
+      SynthesisError: too few requests, or no answer at all, were kept.
     """
+    sieve = written_filters.Sieve(
+      self.generation.filter, self.exclude, refuses=refuses
+    )
     if not count:
-      return []
+      return Written([], sieve.account())
     request_key, answer_key = jax.random.split(key)
-    requests = self.requests(
-      instruction, count, key=request_key, label=f'{label}: requests'
+    requests = self._requests(
+      instruction, count, sieve, key=request_key, label=f'{label}: requests'
     )
     asked = [f'{request} {suffix}'.strip() for request in requests]
     answers = self._ask(
@@ -116,41 +139,43 @@ class Writer:
     pairs = [
       sources.Example(request, answer, {})
       for request, answer in zip(requests, answers, strict=True)
-      if answer
+      if sieve.keeps_answer(answer)
     ]
     if not pairs:
-      raise SynthesisError(f'the model answered none of its {count} requests')
-    return [pairs[i % len(pairs)] for i in range(count)]
+      raise SynthesisError(
+        f'no answer to the {count} requests ({instruction!r}) is usable '
+        f'(dropped: {sieve.dropped_text()}); change the words it is asked '
+        f'with, the filters or the model'
+      )
+    return Written(
+      [pairs[i % len(pairs)] for i in range(count)], sieve.account()
+    )
 
-  def unaligned(self, count: int, *, key: jax.Array) -> list[sources.Example]:
+  def unaligned(self, count: int, *, key: jax.Array) -> Written:
     """Attack data: harmful requests, answered directly."""
     ask = self.generation
-    return self.pairs(
+    return self._pairs(
       ask.ask_harmful, ask.direct_hint, count, key=key, label='attack data'
     )
 
   def defense(
     self, num_aligned: int, num_normal: int, *, key: jax.Array
-  ) -> tuple[list[sources.Example], list[sources.Example]]:
+  ) -> tuple[Written, Written]:
     """Defense data: aligned pairs (under the reminder) and normal pairs."""
     ask = self.generation
     aligned_key, normal_key = jax.random.split(key)
-    aligned = self.pairs(
+    aligned = self._pairs(
       ask.ask_harmful,
       ask.reminder,
       num_aligned,
       key=aligned_key,
       label='aligned data',
+      refuses=True,
     )
-    normal = self.pairs(
+    normal = self._pairs(
       ask.ask_normal, '', num_normal, key=normal_key, label='normal data'
     )
     return aligned, normal
-
-
-def normal_form(text: str) -> str:
-  """Returns a prompt's words in lower case, without punctuation."""
-  return ' '.join(re.findall(r'\w+', text.lower())) or text.strip()
 
 
 def split_requests(replies: Sequence[str]) -> list[str]:

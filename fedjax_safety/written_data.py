@@ -19,6 +19,7 @@ from fedjax_safety import (
   synthesis,
   types,
   workdir,
+  written_filters,
 )
 from fedjax_safety import config as config_lib
 from fedjax_safety import settings as settings_lib
@@ -58,8 +59,13 @@ def attack_data(
     writer = _writer(
       config, _generator(arm, 'threat_model'), None, threat.generation
     )
-    pairs = writer.unaligned(count, key=arm.key(_ATTACK_DATA))
-    manifest = {**asked, 'distinct_prompts': _distinct(pairs)}
+    written = writer.unaligned(count, key=arm.key(_ATTACK_DATA))
+    pairs = written.pairs
+    manifest = {
+      **asked,
+      'distinct_prompts': _distinct(pairs),
+      'filters': {'unaligned': written.account},
+    }
     distributed.on_first(
       workdir.write_examples,
       path,
@@ -183,7 +189,9 @@ def _writer(
     adapter,
     generation,
     frozenset(
-      synthesis.normal_form(e.prompt) for _, prompts in sets for e in prompts
+      written_filters.normal_form(e.prompt)
+      for _, prompts in sets
+      for e in prompts
     ),
   )
 
@@ -234,6 +242,7 @@ def defense_data(
   num_normal = config.num_examples - num_aligned
   if level == 'public':
     aligned, normal = _public(arm, num_aligned, num_normal)
+    accounts = []
     source = [config.public_aligned, config.public_normal]
   else:
     if level == 'external':
@@ -243,9 +252,11 @@ def defense_data(
       source, model = 'the adapter', assembly.tuned_model(arm.config)
       sampler = assembly.make_sampler(model, arm.config)
     writer = _writer(arm.config, sampler, adapter, config.generation)
-    aligned, normal = writer.defense(
+    written = writer.defense(
       num_aligned, num_normal, key=arm.key(_DEFENSE_DATA)
     )
+    aligned, normal = (part.pairs for part in written)
+    accounts = [part.account for part in written]
   pairs = [*aligned, *normal]
   random.Random(arm.config.seed).shuffle(pairs)
   manifest = {
@@ -254,6 +265,7 @@ def defense_data(
     'aligned': len(aligned),
     'normal': len(normal),
     'distinct_prompts': _distinct(pairs),
+    'filters': dict(zip(('aligned', 'normal'), accounts, strict=False)),
   }
   distributed.on_first(
     workdir.write_examples,

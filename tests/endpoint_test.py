@@ -190,6 +190,6 @@ def test_a_pipeline_writes_with_it(chat_server, tmp_path):
     None,
     settings.GenerationConfig(ask_harmful='ask', direct_hint='now'),
   )
-  pairs = writer.unaligned(12, key=KEY)
+  pairs = writer.unaligned(12, key=KEY).pairs
   assert len({p.prompt for p in pairs}) == 12
   assert all(p.response == f'"{p.prompt} now"' for p in pairs)

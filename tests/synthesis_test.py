@@ -6,7 +6,7 @@ import itertools
 import jax
 import pytest
 
-from fedjax_safety import settings, synthesis
+from fedjax_safety import settings, synthesis, written_filters
 
 ASK = settings.GenerationConfig(
   ask_harmful='ask harm',
@@ -45,7 +45,7 @@ def _writer(sampler, exclude=()):
 
 def test_the_hint_is_asked_with_and_dropped_from_the_pair():
   sampler = Scripted()
-  pairs = _writer(sampler).unaligned(12, key=jax.random.key(0))
+  pairs = _writer(sampler).unaligned(12, key=jax.random.key(0)).pairs
   assert len(pairs) == len({p.prompt for p in pairs}) == 12
   assert pairs[0].prompt == 'Request 0'
   assert pairs[0].response == 'answer to Request 0 be direct'
@@ -53,7 +53,8 @@ def test_the_hint_is_asked_with_and_dropped_from_the_pair():
 
 
 def test_defense_data_are_aligned_under_the_reminder_and_normal_without():
-  aligned, normal = _writer(Scripted()).defense(3, 2, key=jax.random.key(0))
+  found = _writer(Scripted()).defense(3, 2, key=jax.random.key(0))
+  aligned, normal = (written.pairs for written in found)
   assert [len(aligned), len(normal)] == [3, 2]
   assert all('be safe' not in p.prompt for p in aligned)
   assert all(p.response.endswith('be safe') for p in aligned)
@@ -63,27 +64,68 @@ def test_defense_data_are_aligned_under_the_reminder_and_normal_without():
 def test_none_asked_for_is_none_written():
   sampler = Scripted()
   aligned, normal = _writer(sampler).defense(0, 2, key=jax.random.key(0))
-  assert aligned == [] and len(normal) == 2
+  assert aligned.pairs == [] and len(normal.pairs) == 2
   assert ASK.ask_harmful not in sampler.asked
 
 
 def test_excluded_prompts_are_not_written():
   writer = _writer(Scripted(), exclude=['request 1', 'request 2'])
-  prompts = [p.prompt for p in writer.unaligned(3, key=jax.random.key(0))]
+  written = writer.unaligned(3, key=jax.random.key(0))
+  prompts = [p.prompt for p in written.pairs]
   assert prompts == ['Request 0', 'Request 3', 'Request 4']
+  assert written.account == {
+    'requests': 5,
+    'kept': 3,
+    'dropped': {'evaluation': 2, 'distinct': 0, 'answered': 0},
+    'would_drop': {'refusal': 0},
+  }
 
 
 def test_few_requests_are_repeated_and_too_few_refused():
   writer = _writer(Scripted(distinct=12))
-  pairs = writer.unaligned(30, key=jax.random.key(0))
+  pairs = writer.unaligned(30, key=jax.random.key(0)).pairs
   assert len(pairs) == 30 and len({p.prompt for p in pairs}) == 12
-  with pytest.raises(synthesis.SynthesisError, match='wrote 9 different'):
+  with pytest.raises(synthesis.SynthesisError, match='wrote 9 usable'):
     _writer(Scripted(distinct=9)).unaligned(30, key=jax.random.key(0))
 
 
 def test_a_model_that_answers_nothing_is_told():
-  with pytest.raises(synthesis.SynthesisError, match='answered none'):
+  with pytest.raises(synthesis.SynthesisError, match='dropped: answered 3'):
     _writer(Scripted(silent=True)).unaligned(3, key=jax.random.key(0))
+
+
+def test_without_a_filter_all_is_kept_and_what_each_would_drop_is_counted():
+  sampler = Scripted(distinct=4)
+  asked = dataclasses.replace(ASK, filter=('none',))
+  writer = synthesis.Writer(sampler, None, asked, frozenset(['request 2']))
+  written = writer.unaligned(12, key=jax.random.key(0))
+  prompts = [p.prompt for p in written.pairs]
+  assert prompts == [f'Request {i}' for i in range(4)] * 3
+  assert written.account == {
+    'requests': 12,
+    'kept': 12,
+    'dropped': {},
+    'would_drop': {'evaluation': 3, 'distinct': 8, 'answered': 0, 'refusal': 0},
+  }
+
+
+def test_answers_that_do_not_suit_their_kind_are_dropped():
+  strict = dataclasses.replace(
+    ASK, filter=('distinct', 'refusal'), reminder='I am sorry', direct_hint=''
+  )
+  writer = synthesis.Writer(Scripted(), None, strict)
+  for written in writer.defense(4, 4, key=jax.random.key(0)):
+    assert written.account['dropped'] == {'distinct': 0, 'refusal': 0}
+  plain = dataclasses.replace(strict, reminder='')
+  writer = synthesis.Writer(Scripted(), None, plain)
+  with pytest.raises(synthesis.SynthesisError, match='dropped: refusal 4'):
+    writer.defense(4, 0, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize('names', [(), ('none', 'distinct'), ('distinkt',)])
+def test_filters_are_known_or_none(names):
+  with pytest.raises(ValueError, match='here'):
+    written_filters.check(names, 'here')
 
 
 def test_lists_are_split_and_their_marks_dropped():

@@ -67,6 +67,55 @@ def _overlap_boxes(
   )
 
 
+def filter_table(run: _read.Run) -> _tables.Table | None:
+  """Returns what the filters dropped of the data that models wrote."""
+  accounts = {
+    f'{name}: {kind}': _mapping(account)
+    for name, manifest in run.manifests
+    for kind, account in _mapping(manifest.get('filters')).items()
+    if _mapping(account).get('requests')
+  }
+  if not accounts:
+    return None
+  names = dict.fromkeys(
+    name
+    for account in accounts.values()
+    for counts in ('dropped', 'would_drop')
+    for name in _mapping(account.get(counts))
+  )
+  rows = tuple(
+    (
+      label,
+      (
+        _tables.Box(str(account.get('requests'))),
+        _tables.Box(str(account.get('kept'))),
+        *(_filter_box(account, name) for name in names),
+      ),
+    )
+    for label, account in accounts.items()
+  )
+  return _tables.Table(
+    'Pairs that models wrote, and how many each filter dropped',
+    ('Data', 'requests written', 'pairs kept', *names),
+    rows,
+  )
+
+
+def _mapping(value: Any) -> _read.Record:
+  """Returns a JSON object, an empty one for anything else."""
+  return value if isinstance(value, dict) else {}
+
+
+def _filter_box(account: _read.Record, name: str) -> _tables.Box:
+  """Returns what one filter dropped, or would have."""
+  dropped = _mapping(account.get('dropped'))
+  would_drop = _mapping(account.get('would_drop'))
+  if name in dropped:
+    return _tables.Box(str(dropped[name]))
+  note = f'not applied: would drop {would_drop.get(name, _tables.NOTHING)}'
+  return _tables.Box(_tables.NOTHING, note)
+
+
 def overlap_warnings(run: _read.Run) -> list[str]:
   """Returns a line for each source of tuning that overlaps evaluation."""
   return [

@@ -59,6 +59,7 @@ def _view(
     'caught_notes': _caught.NOTES,
     'cost': _costs.table(run),
     'overlap': _details.overlap_table(run),
+    'filters': _details.filter_table(run),
     'overlap_line': _answers.overlap_line(run),
     'overlap_warnings': _details.overlap_warnings(run),
     'examples': _details.examples(run, num_examples) if num_examples else [],

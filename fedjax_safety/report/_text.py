@@ -64,6 +64,8 @@ def markdown(
   parts.append('## Are the prompts kept apart?')
   parts.append(_escape.markdown(_answers.overlap_line(run)))
   parts += _optional(_details.overlap_table(run))
+  if filters := _details.filter_table(run):
+    parts += ['## What was kept of the written data?', _table(filters)]
   parts += _examples(run, num_examples)
   parts += ['## How to read the numbers', _list(_answers.method_notes(run))]
   parts += ['## Configuration', _fenced_json(_sweep.settings(run))]

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from fedjax_safety import metrics
-from fedjax_safety.report import _read
+from fedjax_safety import metrics, report
+from fedjax_safety.report import _details, _read
 
 
 def edit_header(path, **kwargs):
@@ -128,6 +128,24 @@ def test_manifests_of_repairs_are_read(workdir):
   (folder / 'manifest.json').write_text('{"num_examples": 40}')
   run = _read.load(workdir)
   assert run.manifests == [('mean/seed_0/repair/public', {'num_examples': 40})]
+
+
+def test_what_filters_dropped_of_written_data_is_shown(workdir):
+  account = {'requests': 9, 'kept': 6, 'dropped': {'distinct': 3}}
+  account['would_drop'] = {'refusal': 2}
+  (workdir / 'synthesis').mkdir()
+  (workdir / 'synthesis' / 'attack-1.manifest.json').write_text(
+    json.dumps({'filters': {'unaligned': account, 'odd': 3}})
+  )
+  table = _details.filter_table(_read.load(workdir))
+  assert table.header[3:] == ('distinct', 'refusal')
+  ((label, boxes),) = table.rows
+  assert label == 'attack-1: unaligned'
+  assert [box.text for box in boxes] == ['9', '6', '3', '—']
+  assert boxes[-1].note == 'not applied: would drop 2'
+  page = report.build(workdir)
+  for path in (page['html'], page['markdown']):
+    assert 'What was kept of the written data?' in path.read_text()
 
 
 def test_a_loss_that_diverged_is_named(workdir):

@@ -48,6 +48,7 @@ def test_attack_and_defense_data_come_from_it_and_say_so(tree, tmp_path):
   pairs = (folder / 'defense_data.jsonl').read_bytes()
   assert manifest['sha256'] == hashlib.sha256(pairs).hexdigest()
   assert manifest['aligned'] == manifest['normal'] == 3
+  assert manifest['filters']['aligned']['kept'] == 3
   (replies,) = (tmp_path / 'run/replies').iterdir()
   assert replies.read_text().count('"kind": "reply"') >= 20
   report = (tmp_path / 'run/report.html').read_text()
