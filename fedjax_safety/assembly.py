@@ -15,8 +15,8 @@ from fedjax_safety.data import sources, templates
 from fedjax_safety.demo_world import named
 from fedjax_safety.evaluation import checks, judge_formats
 from fedjax_safety.evaluation import judges as judges_lib
+from fedjax_safety.models import attention, decoder, load, sampler, sharding
 from fedjax_safety.models import config as model_config
-from fedjax_safety.models import decoder, load, sampler, sharding
 from fedjax_safety.models import quantization as quantization_lib
 
 Examples = list[sources.Example]
@@ -90,12 +90,20 @@ def make_decoder(
 
   On a mesh it takes batches whose size is a multiple of its axis `fsdp`.
   """
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   return decoder.Decoder(
     language_model.config,
     lora_scale=config.lora.scale,
     lora_dropout=config.lora.dropout,
     remat=config.performance.remat,
     mesh=mesh,
+    attention=attention.choose(
+      config.performance.attention,
+      language_model.config,
+      device,
+      tp=config.performance.mesh[2],
+      length=config.model.max_length,
+    ),
   )
 
 

@@ -15,8 +15,8 @@ from fedjax_safety import (
 )
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import cohort, poison, templates
+from fedjax_safety.models import attention, quantization
 from fedjax_safety.models import config as model_config
-from fedjax_safety.models import quantization
 
 # Rules with a history of each row, which is a client only if all take part.
 _REMEMBER_ROWS = ('fldetector', 'foolsgold_history')
@@ -280,6 +280,10 @@ def _check_performance(config: settings_lib.ExperimentConfig) -> None:
   )
   _validate.non_negative(
     **{'performance.clients_per_chunk': performance.clients_per_chunk}
+  )
+  _validate.one_of(
+    (attention.AUTO, *attention.BACKENDS),
+    **{'performance.attention': performance.attention},
   )
   mesh = performance.mesh
   if len(mesh) != 3 or min(mesh) < 1:

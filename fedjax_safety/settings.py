@@ -343,12 +343,16 @@ class PerformanceConfig:
     mesh: sizes of the axes clients, fsdp, tp; their product is the number of
       devices used.
     remat: recompute blocks in the backward pass to save memory.
+    attention: what attends while the model trains: xla, cudnn (NVIDIA GPUs),
+      splash (TPUs), or auto, the device's kernel where it can do what the
+      model asks and XLA's products elsewhere.
     generation_batch_size: prompts answered at once.
   """
 
   clients_per_chunk: int = 0
   mesh: tuple[int, ...] = (1, 1, 1)
   remat: bool = False
+  attention: str = 'auto'
   generation_batch_size: int = 64
 
 

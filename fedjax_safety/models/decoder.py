@@ -17,8 +17,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedjax_safety.models import (
+  attention,
+  fused_attention,
+  quantization,
+  rope,
+  sharding,
+  sights,
+  softcap,
+)
 from fedjax_safety.models import config as config_lib
-from fedjax_safety.models import quantization, rope, sharding, sights, softcap
 
 # One layer's keys and values, each [B, T, G, K]; stacked [layers, ...] outside.
 KVCache = tuple[jax.Array, jax.Array]
@@ -98,78 +106,6 @@ class RMSNorm(nn.Module):
     return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def _heads_first(x: jax.Array, groups: int) -> jax.Array:
-  """Moves `[B, L, H, K]` to `[B, G, S, K]`, where S is `H / G * L`."""
-  b, l, h, width = x.shape
-  x = x.reshape(b, l, groups, h // groups, width)
-  return x.transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, width)
-
-
-def _heads_last(x: jax.Array, length: int) -> jax.Array:
-  """Undoes `_heads_first`."""
-  b, groups, _, width = x.shape
-  x = x.reshape(b, groups, -1, length, width)
-  return x.transpose(0, 3, 1, 2, 4).reshape(b, length, -1, width)
-
-
-def _attend_forward(q, k, v, mask):
-  """Returns the attention output and what its backward pass needs."""
-  (_, length, heads, width), groups = q.shape, k.shape[2]
-  # The queries of a group are rows of one product; a fifth axis would cost
-  # copies between the products and the softmax.
-  mask = jnp.tile(mask, (1, heads // groups, 1))[:, None]
-  q = _heads_first(q * width**-0.5, groups)
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-  scores = jnp.einsum('bgsk,bgtk->bgst', q, k).astype(jnp.float32)
-  scores = jnp.where(mask, scores, jnp.float32(-1e30))
-  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-  out = jnp.einsum('bgst,bgtk->bgsk', weights, v)
-  return _heads_last(out, length), (q, k, v, weights, out)
-
-
-def _attend_backward(saved, d_out):
-  """Returns the cotangents of q, k and v; a masked pair has weight zero."""
-  q, k, v, weights, out = saved
-  length, width = d_out.shape[1], d_out.shape[3]
-  d_out = _heads_first(d_out, k.shape[1])
-  d_v = jnp.einsum('bgst,bgsk->bgtk', weights, d_out)
-  d_weights = jnp.einsum('bgsk,bgtk->bgst', d_out, v).astype(jnp.float32)
-  # The mean of d_weights under the weights, without a pass over [S, T].
-  mean = jnp.sum(
-    out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True
-  )
-  d_scores = (weights * (d_weights - mean)).astype(q.dtype)
-  d_q = jnp.einsum('bgst,bgtk->bgsk', d_scores, k) * width**-0.5
-  d_k = jnp.einsum('bgst,bgsk->bgtk', d_scores, q)
-  d_k, d_v = d_k.swapaxes(1, 2), d_v.swapaxes(1, 2)
-  return _heads_last(d_q, length), d_k, d_v, None
-
-
-@jax.custom_vjp
-def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Scaled dot-product attention with grouped queries, softmax in float32.
-
-  Its backward pass keeps one `[B, H, L, T]` array, the weights in the dtype
-  of `q`; automatic differentiation would keep several in float32.
-
-  Args:
-    q: queries `[B, L, H, K]`.
-    k: keys `[B, T, G, K]`, with `H % G == 0`.
-    v: values `[B, T, G, K]`.
-    mask: `bool[B or 1, L, T]`, true where a query may look; every query may
-      look somewhere.
-
-  Returns:
-    `[B, L, H, K]`.
-  """
-  return _attend_forward(q, k, v, mask)[0]
-
-
-attend.defvjp(_attend_forward, _attend_backward)
-
-
 class Block(nn.Module):
   """Attention and gated MLP, each behind its norm and residual."""
 
@@ -177,6 +113,7 @@ class Block(nn.Module):
   lora_scale: float
   lora_dropout: float
   mesh: jax.sharding.Mesh | None = None
+  kernel: str | None = None
 
   def _dense(self, features: int, name: str) -> Dense:
     return Dense(
@@ -193,9 +130,9 @@ class Block(nn.Module):
   def _norm(self, name: str) -> RMSNorm:
     return RMSNorm(self.config.norm_eps, self.config.shifted_norms, name=name)
 
-  def _attention(self, x, cos, sin, mask, slots, cache):
+  def _attention(self, x, sight, windowed, slots, cache):
     """Returns the attention output and this layer's updated cache."""
-    c = self.config
+    c, (cos, sin, mask) = self.config, sights.choose(sight, windowed)
 
     def heads(y, count):
       return y.reshape(*y.shape[:-1], count, c.head_width)
@@ -217,8 +154,12 @@ class Block(nn.Module):
         for old, new in zip(cache, (k, v), strict=True)
       )
       k, v = cache
-    if c.attention_cap is None:
-      out = attend(q, k, v, mask)
+    if self.kernel is not None:
+      out = fused_attention.attend(
+        q, k, v, windowed, config=c, backend=self.kernel, mesh=self.mesh
+      )
+    elif c.attention_cap is None:
+      out = attention.attend(q, k, v, mask)
     else:
       out = softcap.attend(q, k, v, mask, c.attention_cap)
     out = out.reshape(*x.shape[:-1], -1)
@@ -227,9 +168,8 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, cache, windowed, sight, slots):
     c = self.config
-    cos, sin, mask = sights.choose(sight, windowed)
     normed = self._norm('input_layernorm')(x)
-    out, cache = self._attention(normed, cos, sin, mask, slots, cache)
+    out, cache = self._attention(normed, sight, windowed, slots, cache)
     before_mlp = 'post_attention_layernorm'
     if c.output_norms:
       out = self._norm('post_attention_layernorm')(out)
@@ -256,6 +196,8 @@ class Decoder(nn.Module):
     remat: whether blocks are recomputed in the backward pass to save memory.
     mesh: devices over which weights and examples are split: each gathers the
       weights of one block at a time and keeps to its own examples.
+    attention: what attends over tokens at the positions 0, 1, ... without a
+      cache, one of `attention.BACKENDS`; all else is XLA's.
   """
 
   config: config_lib.DecoderConfig
@@ -263,6 +205,7 @@ class Decoder(nn.Module):
   lora_dropout: float = 0.0
   remat: bool = False
   mesh: jax.sharding.Mesh | None = None
+  attention: str = attention.XLA
 
   @nn.compact
   def __call__(
@@ -300,6 +243,8 @@ class Decoder(nn.Module):
     if c.scaled_embedding:
       x = x * jnp.asarray(c.width**0.5, c.dtype)
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    own = positions is None and cache is None
+    kernel = self.attention if own and self.attention != attention.XLA else None
     # Without the loop, recomputation would be merged with the first pass.
     unrolled = c.num_layers <= _MAX_UNROLLED_LAYERS and not self.remat
     stack = nn.scan(
@@ -310,7 +255,7 @@ class Decoder(nn.Module):
       length=c.num_layers,
       unroll=c.num_layers if unrolled else 1,
       metadata_params={nn.PARTITION_NAME: None},
-    )(c, self.lora_scale, self.lora_dropout, self.mesh, name='layers')
+    )(c, self.lora_scale, self.lora_dropout, self.mesh, kernel, name='layers')
     x, cache = stack(x, cache, windowed, sight, slots)
     if last_only is not None:
       x = jnp.take_along_axis(x, last_only[:, None, None], axis=1)[:, 0]

@@ -44,8 +44,8 @@ def count(jaxpr: core.Jaxpr) -> int:
   """Returns the floating-point operations of all products of matrices.
 
   A scan counts its body times its length, a condition its dearest branch, a
-  `while` of unknown length its body once. Of the work on several devices all
-  is counted, except inside a `shard_map`, where it is that of one.
+  `while` of unknown length its body once, a kernel every step of its grid. Of
+  the work on several devices all is counted.
 
   Args:
     jaxpr: as `jax.jit(f).trace(*args).jaxpr.jaxpr`.
@@ -63,6 +63,10 @@ def count(jaxpr: core.Jaxpr) -> int:
     ]
     if name == 'cond':
       total += max(bodies)
+    elif name == 'pallas_call':
+      total += sum(bodies) * math.prod(equation.params['grid_mapping'].grid)
+    elif name == 'shard_map':
+      total += sum(bodies) * equation.params['mesh'].size
     else:
       total += sum(bodies) * equation.params.get('length', 1)
   return total

@@ -6,7 +6,7 @@ import pytest
 
 from fedjax_safety import lora, losses
 from fedjax_safety.models import config as model_config
-from fedjax_safety.models import decoder
+from fedjax_safety.models import decoder, sharding
 from fedjax_safety.plan import flops
 
 BATCH, LENGTH, RANK = 2, 12, 3
@@ -21,10 +21,10 @@ MODEL = model_config.DecoderConfig(
 )
 
 
-def _gradient(remat):
+def _gradient(**kwargs):
   """Returns the traced gradient of one batch's loss."""
   tokens = jnp.zeros((BATCH, LENGTH), jnp.int32)
-  model = decoder.Decoder(MODEL, remat=remat)
+  model = decoder.Decoder(MODEL, **kwargs)
   params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
   adapter = lora.init(
     jax.random.key(0), params, rank=RANK, target_modules=('q_proj', 'up_proj')
@@ -37,21 +37,38 @@ def _gradient(remat):
   return jax.jit(jax.grad(loss)).trace(adapter, params, tokens)
 
 
+def _attention(products, length):
+  """Operations of attention in a layer, by the products over all pairs."""
+  heads = MODEL.num_heads * MODEL.head_width
+  return products * 2 * BATCH * length**2 * heads
+
+
 def _expected():
   """Operations by hand: 4 a frozen weight and token, 6 a trained one."""
   heads = MODEL.num_heads * MODEL.head_width
   keys = MODEL.num_kv_heads * MODEL.head_width
   kernels = MODEL.width * (2 * heads + 2 * keys + 3 * MODEL.mlp_width)
   factors = RANK * (MODEL.width + heads + MODEL.width + MODEL.mlp_width)
-  # Two products forward and four backward, over every pair of positions.
-  attention = 6 * 2 * LENGTH * heads
-  layer = 4 * kernels + 6 * factors + attention
+  layer = BATCH * LENGTH * (4 * kernels + 6 * factors)
+  # Two products forward and four backward.
+  layer += _attention(6, LENGTH)
   head = 4 * MODEL.width * MODEL.vocab_size
-  return BATCH * LENGTH * (MODEL.num_layers * layer + head)
+  return MODEL.num_layers * layer + BATCH * LENGTH * head
 
 
 def test_a_step_has_the_operations_of_arithmetic():
-  assert flops.of(_gradient(remat=False)) == _expected()
+  assert flops.of(_gradient()) == _expected()
+
+
+def test_a_kernel_counts_on_every_device_that_runs_it():
+  # One product more, of scores that were not kept; lengths in whole lanes. And
+  # the outputs times their gradients are written as one.
+  layer = _attention(7, 128) + _attention(1, 128) // 128
+  layer -= _attention(6, LENGTH)
+  expected = _expected() + MODEL.num_layers * layer
+  assert flops.of(_gradient(attention='splash')) == expected
+  mesh = sharding.make_mesh(1, 2, 1, devices=jax.devices('cpu') * 2)
+  assert flops.of(_gradient(attention='splash', mesh=mesh)) == expected
 
 
 def test_recomputation_adds_a_forward_pass_of_the_blocks():
