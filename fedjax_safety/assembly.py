@@ -108,20 +108,38 @@ def make_decoder(
 
 
 @functools.lru_cache(maxsize=4)
-def make_loss(model: decoder.Decoder) -> Callable[..., jax.Array]:
+def make_loss(
+  model: decoder.Decoder, loss_chunk: int = 0
+) -> Callable[..., jax.Array]:
   """Returns `(base_params, adapter, tokens, loss_mask, key) -> loss`.
 
-  The same model gives the same function, so that what was compiled with it
+  The same arguments give the same function, so that what was compiled with it
   is found again.
+
+  Args:
+    model: the decoder that trains.
+    loss_chunk: `performance.loss_chunk`.
   """
+  vocab_size = model.config.vocab_size
 
   def loss_fn(base_params, adapter, tokens, loss_mask, key):
-    logits = model.apply(
+    chunk = loss_chunk or losses.chunk_of(vocab_size, tokens.size)
+    made = model.apply(
       {'params': base_params, 'lora': adapter},
       tokens,
       rngs={'dropout': key} if model.lora_dropout else None,
+      head_apart=chunk < vocab_size,
     )
-    return losses.next_token_loss(logits, tokens, loss_mask)
+    if chunk >= vocab_size:
+      return losses.next_token_loss(made, tokens, loss_mask)
+    return losses.chunked_next_token_loss(
+      *made,
+      tokens,
+      loss_mask,
+      chunk=chunk,
+      shards=1 if model.mesh is None else model.mesh.shape['tp'],
+      to_logits=functools.partial(decoder.to_logits, model.config),
+    )
 
   return loss_fn
 

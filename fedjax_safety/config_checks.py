@@ -279,7 +279,10 @@ def _check_performance(config: settings_lib.ExperimentConfig) -> None:
     **{'performance.generation_batch_size': performance.generation_batch_size}
   )
   _validate.non_negative(
-    **{'performance.clients_per_chunk': performance.clients_per_chunk}
+    **{
+      'performance.clients_per_chunk': performance.clients_per_chunk,
+      'performance.loss_chunk': performance.loss_chunk,
+    }
   )
   _validate.one_of(
     (attention.AUTO, *attention.BACKENDS),

@@ -120,7 +120,8 @@ def make_round(
     local_update=functools.partial(
       client_update.local_update,
       loss_fn=assembly.make_loss(
-        assembly.make_decoder(language_model, config, mesh)
+        assembly.make_decoder(language_model, config, mesh),
+        config.performance.loss_chunk,
       ),
       optimizer=functools.partial(
         client_update.OPTIMIZERS[client.optimizer],

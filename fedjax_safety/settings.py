@@ -346,6 +346,9 @@ class PerformanceConfig:
     attention: what attends while the model trains: xla, cudnn (NVIDIA GPUs),
       splash (TPUs), or auto, the device's kernel where it can do what the
       model asks and XLA's products elsewhere.
+    loss_chunk: columns of the logits, tokens of the vocabulary, that a device
+      makes at once while the model trains; 0 makes all of few logits at once,
+      and of many some thousand columns.
     generation_batch_size: prompts answered at once.
   """
 
@@ -353,6 +356,7 @@ class PerformanceConfig:
   mesh: tuple[int, ...] = (1, 1, 1)
   remat: bool = False
   attention: str = 'auto'
+  loss_chunk: int = 0
   generation_batch_size: int = 64
 
 

@@ -159,7 +159,10 @@ def repair(
     adapter,
     encoded,
     settings,
-    loss_fn=assembly.make_loss(assembly.make_decoder(model, arm.config)),
+    loss_fn=assembly.make_loss(
+      assembly.make_decoder(model, arm.config),
+      arm.config.performance.loss_chunk,
+    ),
     seed=arm.config.seed,
   )
   repaired = adapter

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from fedjax_safety import losses
+from fedjax_safety import assembly, lora, losses
+from fedjax_safety.models import config as config_lib
+from fedjax_safety.models import decoder, softcap
 
 
 def _inputs():
@@ -45,3 +48,68 @@ def test_an_empty_mask_gives_no_loss_and_no_gradient():
     logits, tokens, jnp.zeros_like(mask)
   )
   assert loss == 0 and not np.any(grads)
+
+
+def _chunked_inputs():
+  rng = np.random.default_rng(1)
+  _, tokens, mask = _inputs()
+  x = jnp.asarray(rng.normal(size=(2, 5, 3)), jnp.float32)
+  # Logits far from zero, which plain exponentials would not stand.
+  head = jnp.asarray(rng.normal(size=(3, 8)) * 40, jnp.float32)
+  return x, head, tokens, mask
+
+
+# Chunks that divide the columns and that do not, on one device and on two.
+@pytest.mark.parametrize('chunk, shards', [(3, 1), (4, 2)])
+@pytest.mark.parametrize('cap', [None, 30.0])
+def test_chunks_give_the_same_loss_and_gradients(chunk, shards, cap):
+  def to_logits(products):
+    return products if cap is None else softcap.cap(products, cap)
+
+  x, head, tokens, mask = _chunked_inputs()
+
+  def plain(x, head):
+    return losses.next_token_loss(to_logits(x @ head), tokens, mask)
+
+  def chunked(x, head):
+    return losses.chunked_next_token_loss(
+      x, head, tokens, mask, chunk=chunk, shards=shards, to_logits=to_logits
+    )
+
+  expected, got = (
+    jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(x, head)
+    for fn in (plain, chunked)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    expected,
+    got,
+  )
+
+
+def test_a_step_of_a_model_never_holds_all_logits():
+  """The head is whole, and nothing else has the vocabulary's size."""
+  sizes = {'width': 16, 'num_layers': 1, 'num_heads': 2, 'num_kv_heads': 2}
+  config = config_lib.DecoderConfig(
+    vocab_size=47, head_width=8, mlp_width=20, logit_cap=3.0, **sizes
+  )
+  model, tokens = decoder.Decoder(config), jnp.zeros((2, 5), jnp.int32)
+  params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+  adapter = lora.init(
+    jax.random.key(0), params, rank=2, target_modules=('q_proj',)
+  )
+
+  def text(loss_chunk):
+    step = jax.grad(assembly.make_loss(model, loss_chunk), argnums=1)
+    shapes = (params, adapter, tokens, tokens, jax.random.key(0))
+    return jax.jit(step).lower(*shapes).as_text()
+
+  for size in ('4x47xf32', '5x47xf32', '4x10xf32'):
+    # Few logits are made at once.
+    assert (size in text(0)) == (size != '4x10xf32'), size
+    assert (size in text(10)) == (size == '4x10xf32'), size
+
+
+def test_only_many_logits_are_made_in_chunks():
+  assert losses.chunk_of(400, 16 * 48) == 400
+  assert losses.chunk_of(32_000, 4 * 512) < 32_000

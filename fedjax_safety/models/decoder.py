@@ -214,7 +214,8 @@ class Decoder(nn.Module):
     positions: jax.Array | None = None,
     cache: KVCache | None = None,
     last_only: jax.Array | None = None,
-  ) -> jax.Array | tuple[jax.Array, KVCache]:
+    head_apart: bool = False,
+  ) -> jax.Array | tuple[jax.Array, KVCache] | tuple[jax.Array, jax.Array]:
     """Returns next-token logits, and the updated cache when one is given.
 
     Without a cache, attention is causal over `tokens`; padding belongs on the
@@ -227,9 +228,11 @@ class Decoder(nn.Module):
         cache is dropped.
       cache: `(keys, values)`, each `[layers, B, T, G, K]`; see `empty_cache`.
       last_only: `int32[B]`; if given, logits of that token of each row only.
+      head_apart: return what `to_logits` takes products of, instead of logits.
 
     Returns:
-      `float32[B, L, V]` (or `[B, V]` with `last_only`), then the cache.
+      `float32[B, L, V]` (or `[B, V]` with `last_only`), then the cache. With
+      `head_apart` the factors `[B, L, D]` and `[D, V]` of the logits.
     """
     c = self.config
     length = tokens.shape[1]
@@ -266,10 +269,18 @@ class Decoder(nn.Module):
       shape = (c.width, c.vocab_size)
       head = self.param('lm_head', nn.initializers.normal(0.02), shape)
       head = sharding.gather(head, ('lm_head',), mesh=self.mesh)
-    logits = (x @ head.astype(c.dtype)).astype(jnp.float32)
-    if c.logit_cap is not None:
-      logits = softcap.cap(logits, c.logit_cap)
+    if head_apart:
+      return x, head.astype(c.dtype)
+    logits = to_logits(c, x @ head.astype(c.dtype))
     return logits if cache is None else (logits, cache)
+
+
+def to_logits(config: config_lib.DecoderConfig, x: jax.Array) -> jax.Array:
+  """Returns float32 logits of products with the head, capped if need be."""
+  logits = x.astype(jnp.float32)
+  if config.logit_cap is not None:
+    logits = softcap.cap(logits, config.logit_cap)
+  return logits
 
 
 def empty_cache(
