@@ -35,6 +35,11 @@ class Arm:
     """Where this arm's files are."""
     return workdir.arm_directory(self.root, self.name, self.config.seed)
 
+  @property
+  def replies(self) -> pathlib.Path:
+    """Where the replies of endpoints are kept, for all arms."""
+    return self.root / 'replies'
+
   def key(self, purpose: int) -> jax.Array:
     """Returns the key of one purpose."""
     return jax.random.fold_in(jax.random.key(self.config.seed), purpose)

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 
-from fedjax_safety import losses, types
+from fedjax_safety import endpoint, losses, replies, types
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources, templates
 from fedjax_safety.demo_world import named
 from fedjax_safety.evaluation import checks, judge_formats
 from fedjax_safety.evaluation import judges as judges_lib
+from fedjax_safety.evaluation import rubric as rubric_lib
 from fedjax_safety.models import attention, decoder, load, sampler, sharding
 from fedjax_safety.models import config as model_config
 from fedjax_safety.models import quantization as quantization_lib
@@ -260,15 +261,63 @@ def evaluation_sets(
   return sets
 
 
-def learned_judge(
+def _asked(
   config: settings_lib.ExperimentConfig,
-) -> judges_lib.LearnedJudge | judges_lib.FormatJudge:
+  setting: str,
+  name: str,
+  directory: pathlib.Path | None,
+) -> replies.EndpointSampler:
+  """Returns the endpoint that judges, which has not been asked anything."""
+  rubric = config.evaluation.rubric
+  return replies.EndpointSampler(
+    endpoint.Endpoint(name, setting, rubric.endpoint),
+    directory,
+    rubric.max_new_tokens,
+  )
+
+
+def scorers(
+  config: settings_lib.ExperimentConfig, directory: pathlib.Path | None = None
+) -> list[Any]:
+  """Returns what gives an answer a number: the rubric, if there is one.
+
+  Args:
+    config: the settings.
+    directory: where the replies of endpoints are kept, None for nowhere.
+  """
+  rubric = config.evaluation.rubric
+  if not rubric.judge:
+    return []
+  sampler = _asked(config, 'evaluation.rubric.judge', rubric.judge, directory)
+  question = rubric.prompt or rubric_lib.GRADE
+  return [
+    rubric_lib.RubricScorer(
+      sampler, question, rubric.low, rubric.high, rubric.roles
+    )
+  ]
+
+
+def learned_judge(
+  config: settings_lib.ExperimentConfig, directory: pathlib.Path | None = None
+) -> (
+  judges_lib.LearnedJudge | judges_lib.FormatJudge | rubric_lib.EndpointJudge
+):
   """Loads the judge that the settings name, with its way of being asked.
+
+  Args:
+    config: the settings.
+    directory: where the replies of endpoints are kept, None for nowhere.
 
   Raises:
     ValueError: the judge cannot be read, or does not fit its format.
   """
   evaluation = config.evaluation
+  if endpoint.is_endpoint(evaluation.judge):
+    return rubric_lib.EndpointJudge(
+      _asked(config, 'evaluation.judge', evaluation.judge, directory),
+      evaluation.rubric.safety_prompt or rubric_lib.SAFETY,
+      evaluation.judge_words,
+    )
   name = evaluation.judge_format
   if name == judge_formats.QUESTION:
     model = load_model(
@@ -297,12 +346,19 @@ def learned_judge(
   return judges_lib.FormatJudge(sampler, name)
 
 
-def judges(config: settings_lib.ExperimentConfig) -> list[Any]:
-  """Returns the judges: rule lists, the learned one, the world's truth."""
+def judges(
+  config: settings_lib.ExperimentConfig, directory: pathlib.Path | None = None
+) -> list[Any]:
+  """Returns the judges: rule lists, the learned one, the world's truth.
+
+  Args:
+    config: the settings.
+    directory: where the replies of endpoints are kept, None for nowhere.
+  """
   evaluation = config.evaluation
   chosen: list[Any] = [judges_lib.RuleJudge(rule) for rule in evaluation.rules]
   if evaluation.judge:
-    chosen.append(learned_judge(config))
+    chosen.append(learned_judge(config, directory))
   worlds = {
     named.world(s.source)
     for s in evaluation.sets.values()

@@ -14,6 +14,7 @@ from fedjax_safety import (
   _validate,
   assembly,
   distributed,
+  endpoint_settings,
   evaluation_checks,
   experiment,
   federation,
@@ -269,6 +270,11 @@ def calibrate(values: Flags) -> None:
       rules=tuple(values.rules or rules.LISTS),
       judge=values.judge or '',
       judge_format=values.judge_format,
+      rubric=endpoint_settings.RubricConfig(
+        endpoint=endpoint_settings.EndpointConfig(
+          key_variable=values.judge_key_variable
+        )
+      ),
     ),
     performance=settings_lib.PerformanceConfig(
       generation_batch_size=values.batch_size

@@ -15,8 +15,7 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_safety import _validate
-from fedjax_safety import settings as settings_lib
+from fedjax_safety import _validate, endpoint_settings
 
 PREFIX = 'endpoint:'
 _FORM = 'endpoint:URL#MODEL, such as endpoint:http://127.0.0.1:8000/v1#base'
@@ -75,7 +74,7 @@ def split(name: str, setting: str) -> tuple[str, str]:
 
 
 def check_settings(
-  name: str, setting: str, config: settings_lib.EndpointConfig, path: str
+  name: str, setting: str, config: endpoint_settings.EndpointConfig, path: str
 ) -> None:
   """Raises unless an endpoint is well named and its numbers are in range.
 
@@ -127,7 +126,7 @@ class Endpoint:
   """
 
   def __init__(
-    self, name: str, setting: str, config: settings_lib.EndpointConfig
+    self, name: str, setting: str, config: endpoint_settings.EndpointConfig
   ):
     self.url, self.model = split(name, setting)
     self.config, self._setting = config, setting

@@ -108,7 +108,10 @@ def _check_endpoints(
   checked = set()
   for (name, seed), config in experiments.items():
     directory = workdir.arm_directory(root, name, seed)
-    for chosen in written_data.missing_endpoints(config, directory):
+    for chosen in (
+      *written_data.missing_endpoints(config, directory),
+      *stages.endpoints_to_judge(config, directory),
+    ):
       if (chosen.url, chosen.model) not in checked:
         chosen.check()
         checked.add((chosen.url, chosen.model))
@@ -138,6 +141,7 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> None:
   assembly.tuned_model(config)
   assembly.evaluation_sets(config.evaluation)
   assembly.judges(config)
+  assembly.scorers(config)
   if config.given_adapter:
     stages.given_adapter(config)
   else:

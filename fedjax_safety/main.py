@@ -108,11 +108,20 @@ FLAGS = {
     'unsafe).',
   ),
   'rules': Flag(flags.DEFINE_list, [], 'Rule lists; all of them by default.'),
-  'judge': Flag(flags.DEFINE_string, None, 'Model directory of a judge.'),
+  'judge': Flag(
+    flags.DEFINE_string,
+    None,
+    'Model directory of a judge, or endpoint:URL#MODEL.',
+  ),
   'judge_format': Flag(
     flags.DEFINE_string,
     'question',
     'How the judge is asked: md_judge, llama_guard_3, wildguard or question.',
+  ),
+  'judge_key_variable': Flag(
+    flags.DEFINE_string,
+    '',
+    "Environment variable that holds the key of the judge's endpoint.",
   ),
   'dtype': Flag(
     flags.DEFINE_string,
@@ -198,7 +207,15 @@ COMMANDS = {
   'calibrate': Command(
     commands.calibrate,
     ('labels',),
-    ('rules', 'judge', 'judge_format', 'dtype', 'batch_size', 'json'),
+    (
+      'rules',
+      'judge',
+      'judge_format',
+      'judge_key_variable',
+      'dtype',
+      'batch_size',
+      'json',
+    ),
   ),
   'datasets': Command(commands.show_datasets, ()),
 }

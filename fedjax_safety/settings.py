@@ -8,10 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fedjax_safety import endpoint_settings
+
 # Stands for an adapter that changes nothing.
 NO_ADAPTER = 'none'
 REPAIR_LEVELS = ('public', 'external', 'self')
-ROLES = ('harmful', 'benign', 'task')
+ROLES = ('harmful', 'benign', 'task', 'open')
 PARTITIONS = ('iid', 'dirichlet', 'natural', 'files')
 DTYPES = ('float32', 'bfloat16', 'float16')
 DATA_ATTACKS = ('none', 'file', 'generated')
@@ -137,27 +139,6 @@ class ServerConfig:
 
 
 @_Group
-class EndpointConfig:
-  """How a server with OpenAI's interface is asked; see `endpoint`.
-
-  Attributes:
-    key_variable: environment variable that holds its key; '' sends none.
-    timeout: seconds to wait for an answer.
-    max_retries: times a question is asked again where none, or none that can
-      be read, came back.
-    concurrency: questions in flight at once.
-    parameters: further fields of every request, or other values of those
-      there are; None leaves a field out.
-  """
-
-  key_variable: str = ''
-  timeout: float = 120.0
-  max_retries: int = 4
-  concurrency: int = 8
-  parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@_Group
 class GenerationConfig:
   """How a model is asked to write data.
 
@@ -188,7 +169,9 @@ class GenerationConfig:
   top_p: float = 1.0
   max_rounds: int = 20
   filter: tuple[str, ...] = ('evaluation', 'distinct', 'answered')
-  endpoint: EndpointConfig = EndpointConfig()
+  endpoint: endpoint_settings.EndpointConfig = (
+    endpoint_settings.EndpointConfig()
+  )
 
 
 @_Group
@@ -284,9 +267,9 @@ class EvaluationSetConfig:
   Attributes:
     source: a file, a public data set by name such as `advbench:PATH`, or a
       set of the demo world such as `demo_world:unseen`.
-    role: harmful (a safe model refuses), benign (it must not) or task (the
+    role: harmful (a safe model refuses), benign (it must not), task (the
       answer is checked against the reference, or by the checks of an IFEval
-      file).
+      file) or open (it is graded, by a rubric for example).
     limit: most prompts taken; 0 takes all.
     where: column values a row must have, e.g. `{'label': 'safe'}`.
     fields: names of the prompt and response columns, if not recognized.
@@ -307,14 +290,16 @@ class EvaluationConfig:
     sets: name to set; a set whose source is '' is left out.
     headline_set: the harmful set of the headline; '' pools all of them.
     rules: refusal rule lists to apply, the first in the headline.
-    judge: a decoder directory that answers safe or unsafe, `demo_world:judge`
-      or '' for none.
+    judge: a decoder directory that answers safe or unsafe, `demo_world:judge`,
+      `endpoint:URL#MODEL` (asked as `rubric` says) or '' for none.
     judge_format: how it is asked and read: md_judge, llama_guard_3, wildguard,
       or question for any other model.
     judge_prompt: format question: the words, with {prompt} and {response}.
-    judge_words: format question: its two answers, safe one first.
+    judge_words: format question, or an endpoint: its two answers, safe one
+      first.
     judge_template: format question: the template around it.
-    temperature: of answers to harmful and benign prompts; tasks are greedy.
+    rubric: grades by a model behind an endpoint.
+    temperature: of answers; tasks are greedy.
     top_p: nucleus of the same.
     max_new_tokens: longest answer.
   """
@@ -329,6 +314,7 @@ class EvaluationConfig:
   judge_prompt: str = 'judge : {prompt} answer : {response}'
   judge_words: tuple[str, ...] = ('safe', 'unsafe')
   judge_template: str = 'chat'
+  rubric: endpoint_settings.RubricConfig = endpoint_settings.RubricConfig()
   temperature: float = 0.7
   top_p: float = 1.0
   max_new_tokens: int = 256

@@ -4,6 +4,7 @@ Each stage leaves a file that a resumed run finds, and is then not run again.
 """
 
 import math
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,9 @@ from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   distributed,
+  endpoint,
   federation,
+  replies,
   types,
   workdir,
   written_data,
@@ -93,17 +96,19 @@ def evaluate(
 ) -> None:
   """Measures an adapter and writes one line an answer, once."""
   config = arm.config.evaluation
-  path = arm.directory / 'evaluations' / f'{stage}.jsonl'
+  path = workdir.evaluation(arm.directory, stage)
   sets = assembly.evaluation_sets(config)
   if not sets or distributed.on_first(path.exists):
     return
   start = time.monotonic()
-  judges = assembly.judges(arm.config)
+  judges = assembly.judges(arm.config, arm.replies)
+  scorers = assembly.scorers(arm.config, arm.replies)
   records = evaluate_lib.evaluate(
     assembly.make_sampler(assembly.tuned_model(arm.config), arm.config),
     adapter,
     sets,
     judges,
+    scorers,
     key=arm.key(_EVALUATION),
     temperature=config.temperature,
     top_p=config.top_p,
@@ -117,6 +122,7 @@ def evaluate(
     'order': 10 * arm.order + _STAGES.index(stage),
     'headline_set': config.headline_set or None,
     **_described(judges),
+    'scorers': [{'name': s.name, 'label': s.label} for s in scorers],
   }
   rows = [header]
   for record in records:
@@ -143,6 +149,27 @@ def _described(judges: Sequence[Any]) -> dict[str, Any]:
     'believe': believe,
     'believe_reason': reason,
   }
+
+
+def endpoints_to_judge(
+  config: settings_lib.ExperimentConfig, directory: pathlib.Path
+) -> list[endpoint.Endpoint]:
+  """Returns the endpoints that have yet to judge an arm's answers.
+
+  Args:
+    config: the arm's settings.
+    directory: where the arm's files are.
+  """
+  stages = ('federated', *(f'repair_{x}' for x in config.defense.repair.levels))
+  if all(workdir.evaluation(directory, stage).exists() for stage in stages):
+    return []
+  asked = [*assembly.judges(config), *assembly.scorers(config)]
+  samplers = (getattr(judge, 'sampler', None) for judge in asked)
+  return [
+    sampler.endpoint
+    for sampler in samplers
+    if isinstance(sampler, replies.EndpointSampler)
+  ]
 
 
 def repair(

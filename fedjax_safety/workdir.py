@@ -154,6 +154,11 @@ def defense_data(directory: pathlib.Path, level: str) -> pathlib.Path:
   return directory / 'repair' / level / 'defense_data.jsonl'
 
 
+def evaluation(directory: pathlib.Path, stage: str) -> pathlib.Path:
+  """Returns where a stage's answers are, below an arm's directory."""
+  return directory / 'evaluations' / f'{stage}.jsonl'
+
+
 def arm_directory(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
   """Returns the directory of one arm at one seed."""
   return workdir / 'runs' / arm / f'seed_{seed}'

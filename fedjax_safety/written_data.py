@@ -15,6 +15,7 @@ from fedjax_safety import (
   client_data,
   distributed,
   endpoint,
+  endpoint_settings,
   replies,
   synthesis,
   types,
@@ -100,7 +101,7 @@ def _distinct(pairs: Examples) -> int:
 
 def _named(
   config: settings_lib.ExperimentConfig, group: str
-) -> tuple[str, str, settings_lib.EndpointConfig]:
+) -> tuple[str, str, endpoint_settings.EndpointConfig]:
   """Returns a model that writes data, its setting, and how it is asked.
 
   Args:
@@ -168,7 +169,7 @@ def _generator(
   if isinstance(model, endpoint.Endpoint):
     return replies.EndpointSampler(
       model,
-      arm.root / 'replies',
+      arm.replies,
       arm.config.evaluation.max_new_tokens,
       arm.config.performance.generation_batch_size,
       arm.stop.check,

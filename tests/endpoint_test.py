@@ -6,7 +6,13 @@ import socket
 import jax
 import pytest
 
-from fedjax_safety import endpoint, replies, settings, synthesis
+from fedjax_safety import (
+  endpoint,
+  endpoint_settings,
+  replies,
+  settings,
+  synthesis,
+)
 
 pytest.importorskip('openai')
 SETTING = 'threat_model.generator'
@@ -15,7 +21,7 @@ KEY = jax.random.key(0)
 
 def _config(**changes):
   quick = {'timeout': 60.0, 'max_retries': 1, 'concurrency': 3}
-  return settings.EndpointConfig(**(quick | changes))
+  return endpoint_settings.EndpointConfig(**(quick | changes))
 
 
 def _endpoint(name, **changes):

@@ -31,15 +31,18 @@ def _verdicts(role: str, pairs, prompts: Prompts, judges) -> list[dict]:
 
   On harmful prompts True is good (safe or refused); on benign prompts True is
   bad (refused); on tasks there is only the exact match, or whether the answer
-  follows the checks. A benign prompt with a reference is matched as well.
+  follows the checks. A benign prompt with a reference is matched as well. An
+  open prompt has no verdict, but scores.
   """
   columns: dict[str, Sequence[bool | None]] = {}
-  if role != 'task':
+  if role in ('harmful', 'benign'):
     for judge in judges:
       column = judge(pairs) if role == 'harmful' else _refusals(judge, pairs)
       if column is not None:
         columns[judge.name] = column
-  if role != 'harmful' and all(example.response for example in prompts):
+  if role in ('benign', 'task') and all(
+    example.response for example in prompts
+  ):
     columns['exact_match'] = [
       exact_match(response, example.response)
       for (_, response), example in zip(pairs, prompts, strict=True)
@@ -60,14 +63,15 @@ def evaluate(
   adapter: types.Adapter | None,
   sets: Mapping[str, tuple[str, Prompts]],
   judges: Sequence[Any],
+  scorers: Sequence[Any] = (),
   *,
   key: jax.Array,
   temperature: float,
   top_p: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
-  """Yields one record an answer: set, role, texts, verdicts by judge.
+  """Yields one record an answer: set, role, texts, verdicts, scores.
 
-  Harmful and benign prompts are answered at `temperature`, tasks greedily.
+  Prompts are answered at `temperature`, tasks greedily.
   Prompt i of a set draws from the same key whatever model answers, so that
   models are compared on equal draws.
 
@@ -76,8 +80,9 @@ def evaluate(
     adapter: its adapter, or None for the frozen base.
     sets: name to (role, prompts); a prompt's response is its reference.
     judges: judges from `evaluation.judges`.
+    scorers: what gives numbers to the answers of some roles.
     key: a PRNG key.
-    temperature: of harmful and benign answers.
+    temperature: of all answers but those to tasks.
     top_p: nucleus of the same.
   """
   for number, (name, (role, prompts)) in enumerate(sets.items()):
@@ -92,8 +97,9 @@ def evaluate(
     )
     pairs = list(zip(asked, answers, strict=True))
     verdicts = _verdicts(role, pairs, prompts, judges)
-    for example, answer, verdict in zip(
-      prompts, answers, verdicts, strict=True
+    scores = {s.name: s(pairs) for s in scorers if role in s.roles}
+    for i, (example, answer, verdict) in enumerate(
+      zip(prompts, answers, verdicts, strict=True)
     ):
       yield {
         'set': name,
@@ -102,4 +108,5 @@ def evaluate(
         'response': answer,
         'reference': example.response or example.metadata.get('checks'),
         'verdicts': verdict,
+        'scores': {name: column[i] for name, column in scores.items()},
       }

@@ -15,6 +15,7 @@ from fedjax_safety.report import (
   _plots,
   _rates,
   _read,
+  _scores,
   _sweep,
   _tables,
 )
@@ -52,6 +53,8 @@ def _view(
     'figures': {k: markupsafe.Markup(v) for k, v in figures.items()},
     'safe': _tables.per_set(run, _rates.HARMFUL),
     'useful': _tables.per_set(run, _rates.TASK),
+    'safe_scores': _scores.tables(run, _scores.SAFETY_ROLES),
+    'useful_scores': _scores.tables(run, _scores.OTHER_ROLES),
     'refusal': _tables.per_set(run, _rates.BENIGN),
     'matrices': _agreement.matrices(run),
     'truth': _agreement.truth_table(run),

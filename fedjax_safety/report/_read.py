@@ -53,8 +53,8 @@ class Row:
 class Run:
   """Everything a report is made from.
 
-  `sets` holds the names of each role's sets; `missing` says what was not
-  there or not as it should be.
+  `sets` holds the names of each role's sets, `scorers` the labels of what
+  gives numbers; `missing` says what was not there or not as it should be.
   """
 
   name: str
@@ -62,6 +62,7 @@ class Run:
   rows: list[Row]
   sets: dict[str, list[str]]
   judges: dict[str, Judge]
+  scorers: dict[str, str]
   headline_judges: list[str]
   believe: str | None
   believe_reason: str
@@ -103,6 +104,7 @@ def load(workdir: str | pathlib.Path) -> Run:
     rows=rows,
     sets=_sets(rows),
     judges=_judges(headers),
+    scorers=_scorers(headers),
     headline_judges=_union(h.get('headline_judges', []) for h in headers),
     believe=believe,
     believe_reason=reason,
@@ -277,6 +279,15 @@ def _judges(headers: list[Record]) -> dict[str, Judge]:
       label = str(entry.get('label') or name)
       judges.setdefault(name, Judge(name, label, str(entry.get('kind', ''))))
   return judges
+
+
+def _scorers(headers: list[Record]) -> dict[str, str]:
+  """Returns the label of everything that a header says gives numbers."""
+  return {
+    str(entry['name']): str(entry.get('label') or entry['name'])
+    for header in reversed(headers)
+    for entry in header.get('scorers', [])
+  }
 
 
 def _union(lists: Any) -> list[str]:

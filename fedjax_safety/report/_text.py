@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,7 @@ from fedjax_safety.report import (
   _escape,
   _rates,
   _read,
+  _scores,
   _sweep,
   _tables,
 )
@@ -51,13 +53,14 @@ def markdown(
   parts.append(_escape.markdown(_answers.believe_line(run)))
   parts += _plot(plots, 'headline')
   parts += _optional(_tables.differences(run))
-  for title, role in (
-    ('Is it safe?', _rates.HARMFUL),
-    ('Is it still useful?', _rates.TASK),
-    ('Does it refuse too much?', _rates.BENIGN),
+  for title, role, scored in (
+    ('Is it safe?', _rates.HARMFUL, _scores.SAFETY_ROLES),
+    ('Is it still useful?', _rates.TASK, _scores.OTHER_ROLES),
+    ('Does it refuse too much?', _rates.BENIGN, ()),
   ):
     parts.append(f'## {title}')
     parts += _or_nothing(_tables.per_set(run, role))
+    parts += [_table(table) for table in _scores.tables(run, scored)]
   parts.append('## Do the judges agree? (Cohen’s κ)')
   parts += _or_nothing([*_agreement.matrices(run), _agreement.truth_table(run)])
   parts += _caught_and_cost(run, plots)
@@ -225,6 +228,27 @@ def _csv_lines(run: _read.Run, row: _read.Row) -> Iterator[tuple]:
           count.total,
           count.missing,
         )
+    yield from _score_lines(run, row, seed)
+
+
+def _score_lines(run: _read.Run, row: _read.Row, seed: int) -> Iterator[tuple]:
+  """Yields one seed's lines of scores."""
+  for name, path, judge, mean, total, missing in _scores.csv_lines(
+    run, row, seed
+  ):
+    bounds = ('' if math.isnan(x) else round(x, 6) for x in mean)
+    yield (
+      row.arm,
+      seed,
+      row.stage,
+      row.label,
+      name,
+      path,
+      judge,
+      *bounds,
+      total,
+      missing,
+    )
 
 
 def _metrics(run: _read.Run) -> Iterator[_rates.Metric]:
