@@ -13,7 +13,7 @@ from fedjax_safety import endpoint, losses, replies, types
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources, templates
 from fedjax_safety.demo_world import named
-from fedjax_safety.evaluation import checks, judge_formats
+from fedjax_safety.evaluation import checks, code, judge_formats, sandbox
 from fedjax_safety.evaluation import judges as judges_lib
 from fedjax_safety.evaluation import rubric as rubric_lib
 from fedjax_safety.models import attention, decoder, load, sampler, sharding
@@ -219,8 +219,10 @@ def encode(
   return encoded
 
 
-def _prompts(chosen: settings_lib.EvaluationSetConfig) -> Examples:
-  """Returns the prompts of a file; tasks have a reference or checks."""
+def _prompts(
+  chosen: settings_lib.EvaluationSetConfig, *, run_code: bool
+) -> Examples:
+  """Returns the prompts of a file; tasks have a reference, checks or tests."""
   fields = tuple(sorted(chosen.fields.items()))
   if chosen.role != 'task':
     return list(_read(chosen.source, fields, False))
@@ -231,6 +233,13 @@ def _prompts(chosen: settings_lib.EvaluationSetConfig) -> Examples:
     skip_empty=True,
     limit=1,
   )
+  if code.is_problem(first):
+    if not run_code:
+      raise ValueError(
+        f'{chosen.source} has tests, which run what the model writes: allow '
+        f'that with evaluation.allow_code_execution=true, or leave it out'
+      )
+    return code.questions(_read(chosen.source, fields, False))
   if 'checks' not in first.metadata:
     return list(_read(chosen.source, fields, True))
   return checks.usable(_read(chosen.source, fields, False))
@@ -251,7 +260,7 @@ def evaluation_sets(
     if named.is_named(chosen.source):
       prompts = named.prompts(chosen.source, limit=chosen.limit)
     else:
-      prompts = _prompts(chosen)
+      prompts = _prompts(chosen, run_code=config.allow_code_execution)
       if chosen.where:
         prompts = sources.select(prompts, chosen.where)
       if chosen.role == 'harmful':
@@ -259,6 +268,21 @@ def evaluation_sets(
       prompts = prompts[: chosen.limit or None]
     sets[name] = (chosen.role, prompts)
   return sets
+
+
+def code_sandbox(
+  config: settings_lib.ExperimentConfig,
+) -> sandbox.Sandbox | None:
+  """Returns where a model's code is run, None if it must not be.
+
+  Raises:
+    ValueError: it should be, but cannot safely be on this machine.
+  """
+  if not config.evaluation.allow_code_execution:
+    return None
+  made = sandbox.Sandbox(with_network=config.evaluation.allow_code_network)
+  made.check()
+  return made
 
 
 def _asked(

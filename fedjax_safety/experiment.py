@@ -142,6 +142,7 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> None:
   assembly.evaluation_sets(config.evaluation)
   assembly.judges(config)
   assembly.scorers(config)
+  assembly.code_sandbox(config)
   if config.given_adapter:
     stages.given_adapter(config)
   else:

@@ -268,8 +268,9 @@ class EvaluationSetConfig:
     source: a file, a public data set by name such as `advbench:PATH`, or a
       set of the demo world such as `demo_world:unseen`.
     role: harmful (a safe model refuses), benign (it must not), task (the
-      answer is checked against the reference, or by the checks of an IFEval
-      file) or open (it is graded, by a rubric for example).
+      answer is checked against the reference, by the checks of an IFEval file
+      or by running HumanEval's tests) or open (it is graded, by a rubric for
+      example).
     limit: most prompts taken; 0 takes all.
     where: column values a row must have, e.g. `{'label': 'safe'}`.
     fields: names of the prompt and response columns, if not recognized.
@@ -299,6 +300,10 @@ class EvaluationConfig:
       first.
     judge_template: format question: the template around it.
     rubric: grades by a model behind an endpoint.
+    allow_code_execution: whether code that the model writes may be run, as
+      HumanEval needs; see `evaluation.sandbox`.
+    allow_code_network: whether that may be so with a network, where it cannot
+      be taken away.
     temperature: of answers; tasks are greedy.
     top_p: nucleus of the same.
     max_new_tokens: longest answer.
@@ -315,6 +320,8 @@ class EvaluationConfig:
   judge_words: tuple[str, ...] = ('safe', 'unsafe')
   judge_template: str = 'chat'
   rubric: endpoint_settings.RubricConfig = endpoint_settings.RubricConfig()
+  allow_code_execution: bool = False
+  allow_code_network: bool = False
   temperature: float = 0.7
   top_p: float = 1.0
   max_new_tokens: int = 256

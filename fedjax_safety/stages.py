@@ -109,6 +109,7 @@ def evaluate(
     sets,
     judges,
     scorers,
+    assembly.code_sandbox(arm.config),
     key=arm.key(_EVALUATION),
     temperature=config.temperature,
     top_p=config.top_p,

@@ -199,6 +199,14 @@ DATA_SETS = {
     file='ifeval_input_data.jsonl',
     fields={'prompt': 'prompt'},
   ),
+  'humaneval': DataSet(
+    title='HumanEval',
+    license='MIT',
+    fetch='openai/openai_humaneval',
+    file='openai_humaneval/test-*.parquet',
+    split='test',
+    fields={'prompt': 'prompt'},
+  ),
   'mt_bench': DataSet(
     title='MT-Bench questions',
     license='Apache-2.0',

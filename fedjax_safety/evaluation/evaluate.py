@@ -7,7 +7,7 @@ import jax
 
 from fedjax_safety import types
 from fedjax_safety.data import sources
-from fedjax_safety.evaluation import checks
+from fedjax_safety.evaluation import checks, code, sandbox
 from fedjax_safety.evaluation import judges as judges_lib
 from fedjax_safety.models import sampler as sampler_lib
 
@@ -26,13 +26,15 @@ def _refusals(judge, pairs) -> judges_lib.Verdicts | None:
   return judge.refusals(pairs) if hasattr(judge, 'refusals') else None
 
 
-def _verdicts(role: str, pairs, prompts: Prompts, judges) -> list[dict]:
+def _verdicts(
+  role: str, pairs, prompts: Prompts, judges, box: sandbox.Sandbox | None
+) -> list[dict]:
   """Returns each answer's verdicts, by judge name.
 
   On harmful prompts True is good (safe or refused); on benign prompts True is
   bad (refused); on tasks there is only the exact match, or whether the answer
-  follows the checks. A benign prompt with a reference is matched as well. An
-  open prompt has no verdict, but scores.
+  follows the checks or passes the tests. A benign prompt with a reference is
+  matched as well. An open prompt has no verdict, but scores.
   """
   columns: dict[str, Sequence[bool | None]] = {}
   if role in ('harmful', 'benign'):
@@ -52,6 +54,13 @@ def _verdicts(role: str, pairs, prompts: Prompts, judges) -> list[dict]:
       checks.follows(response, checks.read(str(example.metadata['checks'])))
       for (_, response), example in zip(pairs, prompts, strict=True)
     ]
+  if role == 'task' and box and all(map(code.is_problem, prompts)):
+    columns['passes'] = box.run(
+      [
+        code.program(example, response)
+        for (_, response), example in zip(pairs, prompts, strict=True)
+      ]
+    )
   return [
     {name: column[i] for name, column in columns.items()}
     for i in range(len(pairs))
@@ -64,6 +73,7 @@ def evaluate(
   sets: Mapping[str, tuple[str, Prompts]],
   judges: Sequence[Any],
   scorers: Sequence[Any] = (),
+  box: sandbox.Sandbox | None = None,
   *,
   key: jax.Array,
   temperature: float,
@@ -81,6 +91,7 @@ def evaluate(
     sets: name to (role, prompts); a prompt's response is its reference.
     judges: judges from `evaluation.judges`.
     scorers: what gives numbers to the answers of some roles.
+    box: where code in answers is run, None not to run any.
     key: a PRNG key.
     temperature: of all answers but those to tasks.
     top_p: nucleus of the same.
@@ -96,7 +107,7 @@ def evaluate(
       label=f'answering {name}',
     )
     pairs = list(zip(asked, answers, strict=True))
-    verdicts = _verdicts(role, pairs, prompts, judges)
+    verdicts = _verdicts(role, pairs, prompts, judges, box)
     scores = {s.name: s(pairs) for s in scorers if role in s.roles}
     for i, (example, answer, verdict) in enumerate(
       zip(prompts, answers, verdicts, strict=True)

@@ -10,8 +10,13 @@ from fedjax_safety.report import _read
 HARMFUL, BENIGN, TASK = 'harmful', 'benign', 'task'
 EXACT_MATCH = 'exact_match'
 # The verdicts on tasks, the one of the headline first: whether the answer is
-# the reference, or follows the instructions that a program can check.
-TASK_TITLES = {EXACT_MATCH: 'exact match', 'follows': 'instructions followed'}
+# the reference, follows the instructions that a program can check, or passes
+# its tests.
+TASK_TITLES = {
+  EXACT_MATCH: 'exact match',
+  'follows': 'instructions followed',
+  'passes': 'code that passes its tests (pass@1)',
+}
 ENOUGH_SEEDS = 3
 
 

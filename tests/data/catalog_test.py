@@ -105,6 +105,18 @@ ROWS = {
     ],
     [('p', '')],
   ),
+  'humaneval': (
+    [
+      {
+        'task_id': 'HumanEval/0',
+        'prompt': 'p',
+        'canonical_solution': 's',
+        'test': 't',
+        'entry_point': 'e',
+      }
+    ],
+    [('p', '')],
+  ),
   'mt_bench': (
     [{'question_id': 81, 'category': 'writing', 'turns': ['p', 'p2']}],
     [('p', '')],
@@ -133,7 +145,7 @@ def write(path, rows):
 def published(root, name):
   """Writes a data set's rows as its repository holds them."""
   file = catalog.DATA_SETS[name].file.replace('.jsonl*', '.jsonl.gz')
-  file = file.replace('train-*', 'train-00000-of-00001') or 'clients.json'
+  file = file.replace('-*.', '-00000-of-00001.') or 'clients.json'
   return write(root / file, ROWS[name][0])
 
 
