@@ -100,7 +100,15 @@ def _check_client(config: settings_lib.ExperimentConfig) -> None:
 def _check_rule(config: settings_lib.ExperimentConfig) -> None:
   """Raises unless a round gives the rule all that it works on."""
   name, client = config.defense.aggregator, config.client
-  missing = aggregators.inputs(name) - {'key', 'weights'}
+  given = {'key', 'weights', 'adapter'}
+  held = aggregators.inputs(name) & {'probe', 'loss_fn'}
+  if held and not config.defense.probe.source:
+    raise ValueError(
+      f'defense.aggregator={name!r} tests deltas on pairs that the server '
+      f'holds; give harmful requests with safe answers with '
+      f'--config.defense.probe.source=...'
+    )
+  missing = aggregators.inputs(name) - given - held
   if missing:
     raise ValueError(
       f'defense.aggregator={name!r} needs {", ".join(sorted(missing))} from '
@@ -243,6 +251,12 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   )
   _validate.in_range(
     0, 1, **{'defense.repair.aligned_share': repair.aligned_share}
+  )
+  _validate.positive(
+    **{'defense.probe.num_pairs': config.defense.probe.num_pairs}
+  )
+  _validate.non_negative(
+    **{'defense.probe.num_tokens': config.defense.probe.num_tokens}
   )
   threat = config.threat_model
   for path, generation, setting, model in (

@@ -12,6 +12,7 @@ from fedjax_safety import (
   distributed,
   federation,
   interrupt,
+  probe,
   report,
   stages,
   workdir,
@@ -122,6 +123,7 @@ def _inputs(config: settings_lib.ExperimentConfig) -> str:
   tree = config_lib.as_dict(config)
   tree['label'] = tree['defense']['aggregator'] = ''
   tree['defense']['aggregator_kwargs'] = {}
+  tree['holds_pairs'] = probe.is_used(config)
   return config_lib.digest(tree)
 
 
@@ -147,6 +149,8 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> None:
     stages.given_adapter(config)
   else:
     _check_clients(config)
+    if probe.is_used(config):
+      probe.batches(config, assembly.tuned_model(config))
   repair = config.defense.repair
   if 'public' in repair.levels:
     for source in (repair.public_aligned, repair.public_normal):

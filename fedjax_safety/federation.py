@@ -30,6 +30,7 @@ from fedjax_safety import (
   lora,
   lora_aggregators,
   privacy,
+  probe,
   server_update,
   types,
 )
@@ -104,7 +105,9 @@ def start(
   shardings = mesh and sharding.like_adapter(state, state.adapter, mesh)
   if mesh is not None:
     state = distributed.place(state, shardings)
-  return make_round(config, language_model, parts, mesh, shardings), state
+  held = probe.batches(config, language_model) if probe.is_used(config) else ()
+  round_fn = make_round(config, language_model, parts, mesh, shardings, held)
+  return round_fn, state
 
 
 def make_round(
@@ -113,6 +116,7 @@ def make_round(
   parts: Parts,
   mesh: jax.sharding.Mesh | None,
   state_shardings: round_lib.RoundState | None,
+  held: probe.Batches | tuple[()] = (),
 ) -> Callable:
   """Returns the jitted round; of the model only its config is looked at."""
   client = config.client
@@ -133,6 +137,7 @@ def make_round(
     algorithm=parts.algorithm,
     attack=parts.attack,
     trainable=parts.scheme.trainable,
+    probe=probe.make(config, language_model, held, mesh) if held else None,
     clients_per_chunk=config.performance.clients_per_chunk or None,
     mesh=mesh,
     state_shardings=state_shardings,

@@ -157,6 +157,18 @@ def _accepted(function, **kwargs):
   return {name: value for name, value in kwargs.items() if name in known}
 
 
+def _held(probe, base_params, sent):
+  """Returns what a rule may ask of the pairs that the server holds."""
+  if probe is None:
+    return {}
+  return {
+    'probe': lambda adapter: probe(base_params, adapter),
+    'loss_fn': lambda delta: probe(
+      base_params, jax.tree.map(jnp.add, sent, delta)
+    ),
+  }
+
+
 def make_round(
   *,
   local_update: Callable,
@@ -165,6 +177,7 @@ def make_round(
   algorithm: client_algorithms.ClientAlgorithm = _FEDAVG,
   attack: Callable | None = None,
   trainable: Callable | None = None,
+  probe: Callable | None = None,
   clients_per_chunk: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   state_shardings: RoundState | None = None,
@@ -178,7 +191,7 @@ def make_round(
     local_update: `(base, adapter, tokens, loss_mask, key, learning_rate) ->
       ClientOutput`, one client.
     aggregator: the server's rule. One whose update has a parameter `adapter`
-      gets the server's adapter.
+      gets the server's adapter; `probe` or `loss_fn`, see there.
     optimizer: the server's optimizer.
     algorithm: what clients do besides. One that corrects gradients hands
       `local_update` its correction as `correct`.
@@ -188,6 +201,9 @@ def make_round(
     trainable: `(adapter, round_index) -> tree of bool scalars`, the leaves
       that a round trains; nobody looks at the other leaves' deltas. Then
       `local_update` gets it as `trainable`. None trains all.
+    probe: `(base_params, adapter) -> loss` on pairs that the server holds.
+      The rule gets it as `probe(adapter)`, and as `loss_fn(delta)` of a delta
+      to the server's adapter.
     clients_per_chunk: clients trained at once, to bound memory; None trains
       all, or on one CPU as many as its caches hold. On a mesh it divides the
       cohort and is a multiple of the axis `clients`.
@@ -228,7 +244,9 @@ def make_round(
         state.aggregator_state,
         weights=cohort.weight,
         key=rule_key,
-        **_accepted(aggregator.update, adapter=sent),
+        **_accepted(
+          aggregator.update, adapter=sent, **_held(probe, base_params, sent)
+        ),
       )
       if masks:
         # A rule may add noise, which must not move what is frozen.

@@ -238,6 +238,23 @@ class RepairConfig:
 
 
 @_Group
+class ProbeConfig:
+  """Pairs that the server holds, on which it tests the clients' deltas.
+
+  Attributes:
+    source: harmful requests with safe answers, a file or `demo_world:public`;
+      needed by the rules safety_probe and zeno.
+    num_pairs: how many, drawn from those that no evaluation set asks.
+    num_tokens: first tokens of an answer that count, by which a model has
+      mostly decided whether it refuses; 0 counts the whole answer.
+  """
+
+  source: str = ''
+  num_pairs: int = 16
+  num_tokens: int = 4
+
+
+@_Group
 class DefenseConfig:
   """What the server does: an aggregation rule, and repair at the end.
 
@@ -250,6 +267,7 @@ class DefenseConfig:
       products, cut to the rank).
     privacy_delta: delta of the epsilon that the last round's metrics give for
       all rounds, with dp_mean or dp_mean_adaptive; 0 gives none.
+    probe: pairs of the server, for rules that ask for them.
     repair: tuning at the end.
   """
 
@@ -257,6 +275,7 @@ class DefenseConfig:
   aggregator_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   lora_aggregation: str = 'factors'
   privacy_delta: float = 0.0
+  probe: ProbeConfig = ProbeConfig()
   repair: RepairConfig = RepairConfig()
 
 

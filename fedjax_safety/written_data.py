@@ -16,6 +16,7 @@ from fedjax_safety import (
   distributed,
   endpoint,
   endpoint_settings,
+  probe,
   replies,
   synthesis,
   types,
@@ -281,6 +282,8 @@ def defense_data(
 def audit_sets(arm: arm_lib.Arm, unaligned: Examples) -> dict[str, list[str]]:
   """Returns the prompts of attack, defense and evaluation, by name."""
   sets = {'attack': [e.prompt for e in unaligned]}
+  if probe.is_used(arm.config):
+    sets['defense, probe'] = [e.prompt for e in probe.held_pairs(arm.config)]
   for level in arm.config.defense.repair.levels:
     pairs = _read_examples(arm.defense_data(level))
     sets[f'defense, {level}'] = [e.prompt for e in pairs]

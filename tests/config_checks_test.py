@@ -14,19 +14,35 @@ def _resolve(aggregator, cohort_size=8, population=8, **kwargs):
   return config.resolve(tree)
 
 
+def test_rules_that_need_more_than_a_round_has_are_refused():
+  with pytest.raises(ValueError) as error:
+    _resolve('fltrust')
+  words = str(error.value)
+  assert words.startswith("defense.aggregator='fltrust' needs root_delta from")
+  assert 'choose another rule' in words
+
+
 @pytest.mark.parametrize(
-  ('name', 'kwargs', 'what'),
+  ('name', 'kwargs'), [('safety_probe', {}), ('zeno', {'num_byzantine': 2})]
+)
+def test_rules_that_test_deltas_need_pairs_to_test_on(name, kwargs):
+  with pytest.raises(ValueError, match=r'defense\.probe\.source=\.\.\.'):
+    _resolve(name, **kwargs)
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'words'),
   [
-    ('fltrust', {}, 'root_delta'),
-    ('zeno', {'num_byzantine': 2}, 'loss_fn'),
+    ({'limit': 0}, 'limit=0 must be greater than 0'),
+    ({'num_dropped': 8}, r'num_dropped=8 must lie in \[0, 7\]'),
+    ({'then': 'zeno'}, "then='zeno' is unknown"),
+    ({'then': 'krum', 'then_kwargs': {'num_byzantine': 5}}, 'cohort_size >='),
+    ({'then': 'krum'}, "needs the argument 'num_byzantine'"),
   ],
 )
-def test_rules_that_need_more_than_a_round_has_are_refused(name, kwargs, what):
-  with pytest.raises(ValueError) as error:
-    _resolve(name, **kwargs)
-  words = str(error.value)
-  assert words.startswith(f"defense.aggregator='{name}' needs {what} from")
-  assert 'choose another rule' in words
+def test_a_probe_that_cannot_work_is_refused(kwargs, words):
+  with pytest.raises(ValueError, match=words):
+    _resolve('safety_probe', **kwargs)
 
 
 @pytest.mark.parametrize('name', ['fldetector', 'foolsgold_history'])

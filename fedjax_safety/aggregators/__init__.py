@@ -56,6 +56,7 @@ from fedjax_safety.aggregators._preaggregate import (
   static_clipping,
 )
 from fedjax_safety.aggregators._private import dp_mean, dp_mean_adaptive
+from fedjax_safety.aggregators._probe import safety_probe
 from fedjax_safety.aggregators._selection import krum, multi_krum
 from fedjax_safety.aggregators._signs import alignins, signguard
 from fedjax_safety.aggregators._similarity import foolsgold, foolsgold_history
@@ -106,6 +107,7 @@ __all__ = [
   'preaggregator_names',
   'residual_reweighting',
   'robust_learning_rate',
+  'safety_probe',
   'sign_majority',
   'signguard',
   'smea',

@@ -40,7 +40,10 @@ class Aggregator(NamedTuple):
       Clients choose what they report, so that only `mean` heeds it; the
       robust rules count all alike. `key` is used by random rules alone.
       `extra` holds what `inputs(name)` lists besides: `root_delta`, the
-      server's own delta; `loss_fn`, delta -> loss on the server's data.
+      server's own delta; `loss_fn`, delta -> loss on the server's data;
+      `adapter`, the server's adapter; `probe`, adapter -> loss on the pairs
+      that the server holds. Where a rule asks for them they are parameters of
+      `update`.
   """
 
   init: Callable[[types.Adapter], types.AggregatorState]
@@ -50,13 +53,13 @@ class Aggregator(NamedTuple):
 class RuleOutput(NamedTuple):
   """What a rule tells its Aggregator: the delta, shares [C], finite rows.
 
-  `scores` are those of `AggregatorOutput`, of a rule that has any.
+  `metrics` are more of those of `AggregatorOutput`, such as `client_scores`.
   """
 
   delta: types.Adapter
   client_weights: types.Weights | None
   finite: types.RowMask
-  scores: jax.Array | None = None
+  metrics: types.Metrics | None = None
 
 
 # (deltas, *, weights, key, **extra) -> RuleOutput.
@@ -92,9 +95,8 @@ def stateful(
         'build the aggregator with the cohort size of the round'
       )
     output, state = rule(deltas, state, weights=weights, key=key, **extra)
-    metrics = {'num_nonfinite': jnp.sum(~output.finite, dtype=jnp.int32)}
-    if output.scores is not None:
-      metrics['client_scores'] = output.scores
+    bad = jnp.sum(~output.finite, dtype=jnp.int32)
+    metrics = {'num_nonfinite': bad} | (output.metrics or {})
     return AggregatorOutput(output.delta, state, output.client_weights, metrics)
 
   return Aggregator(init, update)

@@ -5,6 +5,7 @@ are read once to measure them and once to combine them, however long the chain.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -79,9 +80,10 @@ def aggregator_of(steps: Sequence[Step], cohort_size: int) -> _base.Aggregator:
   check(steps, cohort_size)
   last = _rule.of(steps[-1])
   if last.kind != 'stateful':
-    return _base.stateless(
+    made = _base.stateless(
       functools.partial(run, steps), cohort_size=cohort_size
     )
+    return made._replace(update=_asking(made.update, _rule.inputs(last)))
   num_rows = check(steps[:-1], cohort_size)
   inner = last.body(num_rows, **_rule.arguments(steps[-1]))
   if len(steps) == 1:
@@ -99,6 +101,23 @@ def aggregator_of(steps: Sequence[Step], cohort_size: int) -> _base.Aggregator:
     return output._replace(metrics=metrics)
 
   return _base.Aggregator(inner.init, update)
+
+
+def _asking(update: Callable, names: frozenset[str]) -> Callable:
+  """Returns an update whose signature tells a round what to hand it."""
+  known = inspect.signature(update)
+  *given, extra = known.parameters.values()
+  asked = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    for name in sorted(names - {'key', 'weights'})
+  ]
+
+  @functools.wraps(update)
+  def asking(*args, **kwargs):
+    return update(*args, **kwargs)
+
+  asking.__signature__ = known.replace(parameters=[*given, *asked, extra])
+  return asking
 
 
 def check(steps: Sequence[Step], cohort_size: int) -> int:
@@ -138,7 +157,7 @@ def run(
   shares = output.client_weights
   if shares is not None:
     shares = shares_of(shares @ rows.matrix)
-  return _base.RuleOutput(output.delta, shares, finite)
+  return output._replace(client_weights=shares, finite=finite)
 
 
 def coefficients(
@@ -283,10 +302,12 @@ def _body(step: Step, data, **runtime):
   """Calls the mathematics of a step with what it asks for of the round."""
   rule = _rule.of(step)
   arguments = _rule.arguments(step)
+  parameters = inspect.signature(rule.body).parameters
   for name in _rule.inputs(rule):
     given = runtime.get(name)
     arguments[name] = arguments.get(name) if given is None else given
-    if arguments[name] is None and name != 'weights':
+    optional = name == 'weights' or parameters[name].default is None
+    if arguments[name] is None and not optional:
       raise ValueError(f'{rule.name} needs {name!r}; pass it with the deltas')
   return rule.body(data, **arguments)
 

@@ -122,7 +122,8 @@ def fldetector(cohort_size: int, *, window: int = 10) -> _base.Aggregator:
       rounds + 1,
     )
     delta = jax.tree.map(lambda x, d: x.astype(d.dtype), delta, deltas)
-    return _base.RuleOutput(delta, shares, finite, suspicion), later
+    metrics = {'client_scores': suspicion}
+    return _base.RuleOutput(delta, shares, finite, metrics), later
 
   return _base.stateful(init, update, cohort_size=cohort_size)
 

@@ -184,6 +184,9 @@ def static(rule: Rule, given: dict[str, Any]) -> dict[str, Any]:
 
 
 # What a body may ask for that belongs to the round and not to the config:
-# a key, the clients' weights, the server's own delta (FLTrust) and a function
-# `delta -> loss` on the server's own data (Zeno).
-RUNTIME = frozenset({'key', 'weights', 'root_delta', 'loss_fn'})
+# a key, the clients' weights, the server's own delta (FLTrust), a function
+# `delta -> loss` on the server's own data (Zeno), the server's adapter, and a
+# function `adapter -> loss` on the server's own data (the safety probe).
+RUNTIME = frozenset(
+  {'key', 'weights', 'root_delta', 'loss_fn', 'adapter', 'probe'}
+)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_safety import _validate, assembly, federation
+from fedjax_safety import _validate, assembly, federation, probe
 from fedjax_safety import round as round_lib
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.demo_world import named
@@ -128,6 +128,11 @@ def _cohort(config, mesh):
   return _laid_out(cohort, round_lib.Cohort(*places))
 
 
+def _held(config):
+  """Returns pairs of the probe's shapes, or none where there is no probe."""
+  return probe.blank(config) if probe.is_used(config) else ()
+
+
 def of_round(
   config: settings_lib.ExperimentConfig,
   model: model_config.DecoderConfig,
@@ -162,7 +167,9 @@ def of_round(
   if mesh is not None:
     state = _laid_out(state, layout)
   return RoundShapes(
-    federation.make_round(config, language_model, parts, mesh, layout),
+    federation.make_round(
+      config, language_model, parts, mesh, layout, _held(config)
+    ),
     (
       language_model.base_params,
       state,

@@ -55,6 +55,11 @@ def _root_loss(deltas) -> dict:
   return {'loss_fn': loss_fn}
 
 
+def _root_probe(deltas) -> dict:
+  """Returns the same loss of adapters, and an adapter of zeros."""
+  return {'adapter': _adapter(deltas), 'probe': _root_loss(deltas)['loss_fn']}
+
+
 CASES = {
   'mean': Case('mean', {}, frozenset({'outliers_bounded'})),
   'median': Case('median', {}, _NO_F),
@@ -93,6 +98,9 @@ CASES = {
     'fltrust', {}, _NO_F | {'shift', 'equal_rows', 'affine'}, _root
   ),
   'zeno': Case('zeno', _F, frozenset({'shift'}), _root_loss),
+  # Rows are weighed by harm, whether there are Byzantine ones or not; which
+  # rows are far too long depends on the origin.
+  'safety_probe': Case('safety_probe', {}, _NO_F, _root_probe),
   # Angles and norms change with the origin; rows are clipped.
   'flame': Case('flame', {'noise_multiplier': 0.0}, _CLIPPED),
   'clipped_clustering': Case('clipped_clustering', {}, _CLIPPED),

@@ -58,7 +58,13 @@ def _runtime(name: str, deltas) -> dict:
     squares = jax.tree.map(lambda x, r: jnp.sum((x - r) ** 2), delta, root)
     return sum(jax.tree.leaves(squares))
 
-  extra = {'root_delta': root, 'loss_fn': loss_fn}
+  zeros = jax.tree.map(jnp.zeros_like, root)
+  extra = {
+    'root_delta': root,
+    'loss_fn': loss_fn,
+    'adapter': zeros,
+    'probe': loss_fn,
+  }
   return {k: v for k, v in extra.items() if k in aggregators.inputs(name)}
 
 
