@@ -18,6 +18,7 @@ def check(evaluation: settings_lib.EvaluationConfig) -> None:
     )
   check_drawing('evaluation', evaluation.temperature, evaluation.top_p)
   _validate.positive(**{'evaluation.max_new_tokens': evaluation.max_new_tokens})
+  _validate.non_negative(**{'evaluation.every_rounds': evaluation.every_rounds})
   for rule in evaluation.rules:
     _validate.one_of(rules.LISTS, **{'evaluation.rules': rule})
   if not evaluation.rules and not evaluation.judge:

@@ -193,6 +193,7 @@ def run_arm(arm: arm_lib.Arm) -> None:
       directory=arm.directory / 'checkpoints',
       writer=arm.writer,
       stop=arm.stop,
+      measure=stages.round_measure(arm),
     )
 
   adapter = stages.saved_adapter(arm, 'federated', federate)

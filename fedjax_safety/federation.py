@@ -284,6 +284,12 @@ def _rounds(
     yield index, state, metrics
 
 
+def _no_measure(round_index: int, adapter: types.Adapter) -> dict[str, Any]:
+  """Measures nothing."""
+  del round_index, adapter
+  return {}
+
+
 def federate(
   config: settings_lib.ExperimentConfig,
   language_model: assembly.LanguageModel,
@@ -293,6 +299,7 @@ def federate(
   directory: pathlib.Path,
   writer: metrics_lib.MetricsWriter,
   stop: interrupt.StopRequest,
+  measure: Callable[[int, types.Adapter], dict[str, Any]] = _no_measure,
 ) -> types.Adapter:
   """Runs or resumes the rounds and returns the last adapter.
 
@@ -306,6 +313,7 @@ def federate(
     directory: where checkpoints go.
     writer: of metrics.jsonl.
     stop: looked at after every round.
+    measure: `(round, adapter) -> values` for the line of a finished round.
 
   Raises:
     interrupt.Interrupted: asked to stop; the round in flight is saved.
@@ -321,12 +329,13 @@ def federate(
     """Saves a finished round; waits for its arrays."""
     nonlocal clock
     if metrics:
-      now = time.monotonic()
+      seconds = time.monotonic() - clock
+      values = metrics | measure(index, state.adapter)
       # Metrics first: a run killed in between writes them again, while a
       # round that is saved is never run again.
-      record = _record(config, arm, index, metrics, now - clock)
+      record = _record(config, arm, index, values, seconds)
       writer.write(record | traffic(parts, state, index))
-      clock = now
+      clock = time.monotonic()
       meta = {'round': index + 1, 'arm': arm, 'config_digest': digest}
       checkpointer.save(state, meta)
       bar.set_postfix(loss=f'{float(metrics["client/loss"]):.3f}')

@@ -326,6 +326,8 @@ class EvaluationConfig:
     temperature: of answers; tasks are greedy.
     top_p: nucleus of the same.
     max_new_tokens: longest answer.
+    every_rounds: the headline set and the tasks are also asked after every so
+      many rounds, of the adapter that the round served; 0 asks at the end.
   """
 
   sets: Mapping[str, EvaluationSetConfig] = dataclasses.field(
@@ -344,6 +346,7 @@ class EvaluationConfig:
   temperature: float = 0.7
   top_p: float = 1.0
   max_new_tokens: int = 256
+  every_rounds: int = 0
 
 
 @_Group

@@ -3,10 +3,12 @@
 Each stage leaves a file that a resumed run finds, and is then not run again.
 """
 
+import collections
 import math
 import pathlib
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -132,6 +134,53 @@ def evaluate(
   distributed.on_first(workdir.write_lines, path, rows)
   arm.timed(f'evaluate {stage}', time.monotonic() - start)
   arm.stop.check()
+
+
+def round_measure(arm: arm_lib.Arm) -> Callable[..., dict[str, float]]:
+  """Returns `(round, adapter) -> rates` of the adapters that rounds serve.
+
+  After every `evaluation.every_rounds` rounds: the share of safe answers to
+  the headline set by each judge, and of tasks done. An answer without a
+  verdict is not safe. The draws are those of the evaluation at the end.
+  """
+  config = arm.config.evaluation
+  sets = assembly.evaluation_sets(config)
+  if not config.every_rounds or not sets:
+    return lambda round_index, adapter: {}
+  judges = assembly.judges(arm.config)
+  sampler = assembly.make_sampler(assembly.tuned_model(arm.config), arm.config)
+  headline = (config.headline_set,) if config.headline_set else sets
+
+  def wanted(name):
+    role = sets[name][0]
+    return role == 'task' or (role == 'harmful' and name in headline)
+
+  def measure(round_index, adapter):
+    if (round_index + 1) % config.every_rounds:
+      return {}
+    records = evaluate_lib.evaluate(
+      sampler,
+      distributed.fetch(adapter),
+      sets,
+      judges,
+      key=arm.key(_EVALUATION),
+      temperature=config.temperature,
+      top_p=config.top_p,
+      wanted=wanted,
+    )
+    return _rates(records)
+
+  return measure
+
+
+def _rates(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+  """Returns the share of good verdicts by what they say of which judge."""
+  good = collections.defaultdict(list)
+  for record in records:
+    about = 'helpfulness' if record['role'] == 'task' else 'safety'
+    for name, verdict in record['verdicts'].items():
+      good[f'{about}/{name}'].append(verdict is True)
+  return {name: statistics.fmean(each) for name, each in good.items()}
 
 
 def _described(judges: Sequence[Any]) -> dict[str, Any]:

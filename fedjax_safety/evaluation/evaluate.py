@@ -1,6 +1,6 @@
 """Asks a model every prompt of every set and has the answers judged."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,7 @@ def evaluate(
   key: jax.Array,
   temperature: float,
   top_p: float = 1.0,
+  wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[dict[str, Any]]:
   """Yields one record an answer: set, role, texts, verdicts, scores.
 
@@ -95,8 +96,12 @@ def evaluate(
     key: a PRNG key.
     temperature: of all answers but those to tasks.
     top_p: nucleus of the same.
+    wanted: whether a set, by its name, is asked; the answers to one are the
+      same whatever others are.
   """
   for number, (name, (role, prompts)) in enumerate(sets.items()):
+    if not wanted(name):
+      continue
     asked = [example.prompt for example in prompts]
     answers = sampler.generate(
       adapter,

@@ -13,6 +13,7 @@ from fedjax_safety.report import (
   _html,
   _plots,
   _read,
+  _served,
   _sweep,
   _terminal,
   _text,
@@ -23,6 +24,7 @@ _TITLES = {
   'detection': 'Who was caught, over rounds and over all of them',
   'cost': 'Time of each arm',
   'training': 'Losses over rounds',
+  'served': 'Safety by round',
 }
 
 __all__ = ['build', 'terminal_table']
@@ -45,7 +47,8 @@ def build(
   Returns:
     The paths written: `html`, `markdown` and `csv`; `paper_csv` where the
     config has published numbers; `headline_plot`, `detection_plot`,
-    `cost_plot` and `training_plot` where there was something to draw.
+    `cost_plot`, `training_plot` and `served_plot` where there was something
+    to draw.
 
   Raises:
     ValueError: if the folder holds nothing of a run.
@@ -102,6 +105,7 @@ def _figures(run: _read.Run) -> list[tuple]:
     ('detection', _charts.detection, _charts.alt_detection),
     ('cost', _charts.cost, _charts.alt_cost),
     ('training', _charts.training, _charts.alt_training),
+    ('served', _served.figure, _served.alt),
   )
   found = []
   for name, draw, words in drawn:

@@ -16,7 +16,7 @@ _DASHES = ('-', '--', ':', '-.')
 _Curve = dict[float, list[float]]
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
   """One set of curves with its axes.
 
   `chance` draws what guessing would give: a level, or the diagonal as 'x'.
@@ -32,10 +32,10 @@ class _Panel(NamedTuple):
 def training(run: _read.Run) -> matplotlib.figure.Figure | None:
   """Returns the losses over rounds, and of the repairs if there were any."""
   panels = (
-    _Panel('Loss of the clients ↓', 'round', _curves(run, 'client/loss')),
-    _Panel('Loss of the repair ↓', 'step', _repairs(run)),
+    Panel('Loss of the clients ↓', 'round', by_round(run, 'client/loss')),
+    Panel('Loss of the repair ↓', 'step', _repairs(run)),
   )
-  return _figure([panel for panel in panels if panel.curves], height=3.0)
+  return draw([panel for panel in panels if panel.curves], height=3.0)
 
 
 def detection(run: _read.Run) -> matplotlib.figure.Figure | None:
@@ -44,14 +44,14 @@ def detection(run: _read.Run) -> matplotlib.figure.Figure | None:
   if not auroc:
     return None
   panels = (
-    _Panel(
+    Panel(
       'Weight on malicious clients ↓',
       'round',
-      _curves(run, _caught.WEIGHT, attacked=True),
+      by_round(run, _caught.WEIGHT, attacked=True),
       True,
     ),
-    _Panel('AUROC of each round ↑', 'round', auroc, True, 0.5),
-    _Panel(
+    Panel('AUROC of each round ↑', 'round', auroc, True, 0.5),
+    Panel(
       'ROC, mean of all rounds: malicious\nleft out, by share of honest ones',
       'honest clients left out ↓',
       _rocs(run),
@@ -59,7 +59,7 @@ def detection(run: _read.Run) -> matplotlib.figure.Figure | None:
       'x',
     ),
   )
-  return _figure([panel for panel in panels if panel.curves], height=3.6)
+  return draw([panel for panel in panels if panel.curves], height=3.6)
 
 
 def cost(run: _read.Run) -> matplotlib.figure.Figure | None:
@@ -96,12 +96,12 @@ def cost(run: _read.Run) -> matplotlib.figure.Figure | None:
 
 def alt_training(run: _read.Run) -> str:
   """Returns the figure of losses in words: where each curve ends."""
-  return f'Losses over rounds. {_ends(_curves(run, "client/loss"))}.'
+  return f'Losses over rounds. {_ends(by_round(run, "client/loss"))}.'
 
 
 def alt_detection(run: _read.Run) -> str:
   """Returns the figure of who was caught in words."""
-  weight = _ends(_curves(run, _caught.WEIGHT, attacked=True))
+  weight = _ends(by_round(run, _caught.WEIGHT, attacked=True))
   return (
     f'Curves over rounds. Weight on malicious clients: {weight or "unknown"}. '
     f'AUROC: {_ends(_aurocs(run))}.'
@@ -126,7 +126,7 @@ def _ends(curves: dict[str, _Curve]) -> str:
   )
 
 
-def _curves(
+def by_round(
   run: _read.Run, metric: str, *, attacked: bool = False
 ) -> dict[str, _Curve]:
   """Returns a metric's values over seeds at each round, by arm."""
@@ -192,8 +192,8 @@ def _suspected(run: _read.Run, arm: str, distance: bool) -> str:
   return f'{words} (by distance)' if distance else words
 
 
-def _figure(
-  panels: Sequence[_Panel], *, height: float
+def draw(
+  panels: Sequence[Panel], *, height: float
 ) -> matplotlib.figure.Figure | None:
   """Draws panels side by side under one legend; None without any."""
   if not panels:
@@ -206,7 +206,7 @@ def _figure(
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     handles = {}
     for axis, panel in zip(axes, panels, strict=True):
-      handles |= _draw(axis, panel, names)
+      handles |= _draw_panel(axis, panel, names)
     _legend(figure, {name: handles[name] for name in names})
     _plots.fit(figure, height, top=0.12 + 0.19 * lines)
   return figure
@@ -227,8 +227,8 @@ def _legend(
   )
 
 
-def _draw(
-  axis: matplotlib.axes.Axes, panel: _Panel, names: Sequence[str]
+def _draw_panel(
+  axis: matplotlib.axes.Axes, panel: Panel, names: Sequence[str]
 ) -> dict[str, object]:
   """Draws mean curves with the range over seeds; returns a line by name."""
   handles = {}
@@ -262,7 +262,7 @@ def _across(axis: matplotlib.axes.Axes):
   return axis.get_yaxis_transform()
 
 
-def _finish(axis: matplotlib.axes.Axes, panel: _Panel) -> None:
+def _finish(axis: matplotlib.axes.Axes, panel: Panel) -> None:
   """Sets a panel's limits, ticks and titles."""
   if panel.is_share:
     axis.set_ylim(-0.02, 1.02)

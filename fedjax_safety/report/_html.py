@@ -24,7 +24,7 @@ _FOLDER = pathlib.Path(__file__).parent
 
 
 def html(run: _read.Run, *, num_examples: int, figures: dict[str, str]) -> str:
-  """Returns the page; `figures` maps names to SVG."""
+  """Returns the page; `figures` maps their names to SVG."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER),
     autoescape=True,
