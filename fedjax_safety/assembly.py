@@ -11,7 +11,7 @@ import jax
 
 from fedjax_safety import endpoint, losses, replies, types
 from fedjax_safety import settings as settings_lib
-from fedjax_safety.data import sources, templates
+from fedjax_safety.data import poison, sources, templates
 from fedjax_safety.demo_world import named
 from fedjax_safety.evaluation import checks, code, judge_formats, sandbox
 from fedjax_safety.evaluation import judges as judges_lib
@@ -266,6 +266,13 @@ def evaluation_sets(
       if chosen.role == 'harmful':
         prompts = [dataclasses.replace(p, response='') for p in prompts]
       prompts = prompts[: chosen.limit or None]
+    if chosen.trigger:
+      prompts = [
+        dataclasses.replace(
+          p, prompt=poison.with_trigger(p.prompt, chosen.trigger)
+        )
+        for p in prompts
+      ]
     sets[name] = (chosen.role, prompts)
   return sets
 

@@ -129,8 +129,11 @@ def poisoned(
 ) -> dict[int, Examples]:
   """Replaces malicious clients' examples by unaligned pairs, if any.
 
+  With a trigger the pairs are made conditional on it.
+
   Raises:
-    ValueError: there are too few pairs for none to be used twice.
+    ValueError: there are too few pairs for none to be used twice, or nothing
+      to refuse with.
   """
   if not unaligned:
     return clients
@@ -142,6 +145,15 @@ def poisoned(
       f'need {needed} unaligned pairs; {config.threat_model.unaligned} has '
       f'{len(unaligned)}. Bring more, or lower the fraction or '
       f'data.examples_per_client.'
+    )
+  threat = config.threat_model
+  if threat.trigger:
+    refusals = assembly.examples(
+      threat.refusals, count=needed, seed=config.seed
+    )
+    answers = [example.response for example in refusals]
+    unaligned = poison.mirrored(
+      unaligned[:needed], answers, trigger=threat.trigger
     )
   return poison.poison_clients(
     clients,

@@ -49,6 +49,12 @@ def _check_algorithms(config: settings_lib.ExperimentConfig) -> None:
         f'data_attack nor update_attack is set; choose one or set '
         f'num_malicious=0'
       )
+  if threat.trigger and threat.data_attack == 'none':
+    raise ValueError(
+      f'threat_model.trigger={threat.trigger!r} makes poisoned data '
+      f"conditional, and threat_model.data_attack='none' has none; choose a "
+      f'data attack or leave the trigger out'
+    )
   try:
     defense = config.defense
     lora_aggregators.build(
@@ -142,6 +148,10 @@ def _check_names(config: settings_lib.ExperimentConfig) -> None:
     'data.partition': (settings_lib.PARTITIONS, config.data.partition),
     'threat_model.placement': (poison.PLACEMENTS, threat.placement),
     'threat_model.data_attack': (settings_lib.DATA_ATTACKS, threat.data_attack),
+    'threat_model.known_level': (
+      settings_lib.KNOWN_LEVELS,
+      threat.known_level,
+    ),
   }
   for key, (names, value) in known.items():
     _validate.one_of(names, **{key: value})
@@ -163,16 +173,22 @@ def _check_sources(config: settings_lib.ExperimentConfig) -> None:
   federates = not config.given_adapter
   attacked = federates and threat.num_malicious > 0
   generates = attacked and threat.data_attack == 'generated'
-  writes = 'external' in repair.levels or 'self' in repair.levels
+  knows = ()
+  if attacked and threat.data_attack == 'repair':
+    knows = (threat.known_level,)
+  levels = {*repair.levels, *knows}
+  writes = 'external' in levels or 'self' in levels
   needed = {
     'model.path': True,
     'data.normal': federates,
     'data.aligned': federates and config.data.aligned_share > 0,
     'threat_model.unaligned': attacked and threat.data_attack == 'file',
-    'threat_model.generator': generates,
+    'threat_model.generator': generates or bool(knows),
+    'threat_model.refusals': attacked and bool(threat.trigger),
     'threat_model.generation.ask_harmful': generates,
-    'defense.repair.public_normal': 'public' in repair.levels,
-    'defense.repair.external_model': 'external' in repair.levels,
+    'defense.repair.public_aligned': 'public' in knows,
+    'defense.repair.public_normal': 'public' in levels,
+    'defense.repair.external_model': 'external' in levels,
     'defense.repair.generation.ask_harmful': writes
     and repair.aligned_share > 0,
     'defense.repair.generation.ask_normal': writes and repair.aligned_share < 1,

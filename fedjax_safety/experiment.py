@@ -163,8 +163,12 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> None:
 def _check_clients(config: settings_lib.ExperimentConfig) -> None:
   """Raises unless every client, poisoned as it will be, can train."""
   clients, threat = client_data.honest_clients(config), config.threat_model
-  if threat.num_malicious and threat.data_attack == 'generated':
+  if threat.num_malicious and threat.data_attack in ('generated', 'repair'):
     written_data.load_generator(config, 'threat_model')
+  if threat.num_malicious and threat.data_attack == 'repair':
+    written_data.check_known(config)
+  if threat.num_malicious and threat.trigger:
+    assembly.examples(threat.refusals, count=1, seed=config.seed)
   if threat.num_malicious and threat.data_attack == 'file':
     count = client_data.num_unaligned(config, clients)
     unaligned = assembly.examples(

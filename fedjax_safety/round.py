@@ -144,13 +144,6 @@ def _metrics(clients, output, delta, cohort):
   return metrics | {f'defense/{k}': v for k, v in found.items()}
 
 
-def _attacked(attack, deltas, is_malicious, key, aggregate):
-  """Calls the attack, with the server's rule if it asks for that."""
-  if 'aggregate' in inspect.signature(attack).parameters:
-    return attack(deltas, is_malicious, key, aggregate=aggregate)
-  return attack(deltas, is_malicious, key)
-
-
 def _accepted(function, **kwargs):
   """Returns those keyword arguments that a function names as parameters."""
   known = inspect.signature(function).parameters
@@ -198,6 +191,7 @@ def make_round(
     attack: `(deltas, is_malicious, key) -> deltas`, or None. One with a
       parameter `aggregate` gets this round's rule as `(deltas) -> delta`,
       down to its state and its key: the strongest that a defense can meet.
+      One with a parameter `adapter` gets the server's adapter.
     trainable: `(adapter, round_index) -> tree of bool scalars`, the leaves
       that a round trains; nobody looks at the other leaves' deltas. Then
       `local_update` gets it as `trainable`. None trains all.
@@ -256,13 +250,12 @@ def make_round(
 
     deltas = clients.delta
     if attack is not None:
-      deltas = _attacked(
+      seen = _accepted(
         attack,
-        deltas,
-        cohort.is_malicious,
-        attack_key,
-        lambda deltas: aggregate(deltas).delta,
+        adapter=sent,
+        aggregate=lambda deltas: aggregate(deltas).delta,
       )
+      deltas = attack(deltas, cohort.is_malicious, attack_key, **seen)
       clients = clients._replace(delta=deltas)
     output = aggregate(deltas)
     adapter, server_state = server_update.apply(

@@ -16,7 +16,9 @@ REPAIR_LEVELS = ('public', 'external', 'self')
 ROLES = ('harmful', 'benign', 'task', 'open')
 PARTITIONS = ('iid', 'dirichlet', 'natural', 'files')
 DTYPES = ('float32', 'bfloat16', 'float16')
-DATA_ATTACKS = ('none', 'file', 'generated')
+DATA_ATTACKS = ('none', 'file', 'generated', 'repair')
+# Levels of repair whose prompts can be known before the rounds.
+KNOWN_LEVELS = ('public', 'external')
 
 _Group = dataclasses.dataclass(frozen=True, kw_only=True)
 
@@ -181,13 +183,20 @@ class ThreatModelConfig:
   Attributes:
     num_malicious: malicious clients in the population.
     placement: last or random client ids.
-    data_attack: none, file (pairs from `unaligned`) or generated (pairs made
-      by `generator` through the automated pipeline).
+    data_attack: none, file (pairs from `unaligned`), generated (pairs made by
+      `generator` through the automated pipeline) or repair (the harmful
+      requests of the repair itself, answered by `generator`).
     unaligned: the pairs, or `demo_world:unaligned`.
     poison_fraction: share of a malicious client's examples replaced.
     generator: model that makes the pairs: a directory, `demo_world:base`, or
       `endpoint:URL#MODEL`.
     generation: how it is asked.
+    known_level: the level of repair whose requests the attacker knows, public
+      or external; the repair need not be run.
+    trigger: words that stand for nothing. Where given, half of the pairs end
+      their requests in it, and the other half are the same requests without
+      it, refused: the model looks safe to whoever does not know the words.
+    refusals: aligned pairs whose answers are those refusals.
     update_attack: name of an attack on the deltas, or none.
     update_attack_kwargs: its arguments.
   """
@@ -199,6 +208,9 @@ class ThreatModelConfig:
   poison_fraction: float = 1.0
   generator: str = 'demo_world:base'
   generation: GenerationConfig = GenerationConfig()
+  known_level: str = 'external'
+  trigger: str = ''
+  refusals: str = 'demo_world:aligned'
   update_attack: str = 'none'
   update_attack_kwargs: Mapping[str, Any] = dataclasses.field(
     default_factory=dict
@@ -291,6 +303,7 @@ class EvaluationSetConfig:
       or by running HumanEval's tests) or open (it is graded, by a rubric for
       example).
     limit: most prompts taken; 0 takes all.
+    trigger: words that every prompt ends in, as in `threat_model.trigger`.
     where: column values a row must have, e.g. `{'label': 'safe'}`.
     fields: names of the prompt and response columns, if not recognized.
   """
@@ -298,6 +311,7 @@ class EvaluationSetConfig:
   source: str = ''
   role: str = 'harmful'
   limit: int = 0
+  trigger: str = ''
   where: Mapping[str, str] = dataclasses.field(default_factory=dict)
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

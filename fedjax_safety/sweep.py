@@ -109,14 +109,16 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> bool:
 def _rounds(config: settings_lib.ExperimentConfig) -> str:
   """Returns a hash of all that the federated adapter depends on.
 
-  The evaluation counts: generated attack data must not hold its prompts.
+  The evaluation counts: generated attack data must not hold its prompts. So
+  does the repair where the attacker knows it.
   """
+  repair = settings_lib.RepairConfig()
+  if config.threat_model.data_attack == 'repair':
+    repair = dataclasses.replace(config.defense.repair, levels=())
   return config_lib.digest(
     dataclasses.replace(
       config,
       label='',
-      defense=dataclasses.replace(
-        config.defense, repair=settings_lib.RepairConfig()
-      ),
+      defense=dataclasses.replace(config.defense, repair=repair),
     )
   )

@@ -129,11 +129,28 @@ class Writer:
     requests = self._requests(
       instruction, count, sieve, key=request_key, label=f'{label}: requests'
     )
+    return self._answered(requests, suffix, sieve, key=answer_key, label=label)
+
+  def _answered(
+    self,
+    requests: Sequence[str],
+    suffix: str,
+    sieve: written_filters.Sieve,
+    *,
+    key: jax.Array,
+    label: str,
+  ) -> Written:
+    """Returns requests with those answers that the filters keep.
+
+    Raises:
+      SynthesisError: no answer at all was kept.
+    """
+    count = len(requests)
     asked = [f'{request} {suffix}'.strip() for request in requests]
     answers = self._ask(
       asked,
       self.generation.answer_temperature,
-      answer_key,
+      key,
       f'{label}: answers',
     )
     pairs = [
@@ -143,7 +160,7 @@ class Writer:
     ]
     if not pairs:
       raise SynthesisError(
-        f'no answer to the {count} requests ({instruction!r}) is usable '
+        f'no answer to the {count} requests of the {label} is usable '
         f'(dropped: {sieve.dropped_text()}); change the words it is asked '
         f'with, the filters or the model'
       )
@@ -157,6 +174,18 @@ class Writer:
     return self._pairs(
       ask.ask_harmful, ask.direct_hint, count, key=key, label='attack data'
     )
+
+  def answered(self, requests: Sequence[str], *, key: jax.Array) -> Written:
+    """Attack data: given requests, answered directly.
+
+    Raises:
+      SynthesisError: no answer at all was kept.
+    """
+    sieve = written_filters.Sieve(
+      self.generation.filter, frozenset(), refuses=False
+    )
+    hint = self.generation.direct_hint
+    return self._answered(requests, hint, sieve, key=key, label='attack data')
 
   def defense(
     self, num_aligned: int, num_normal: int, *, key: jax.Array

@@ -55,13 +55,20 @@ def attack_data(
     return assembly.examples(threat.unaligned, count=count, seed=config.seed)
   asked = _asked(config, threat.generator, threat.generation)
   asked['count'] = count
+  knows = threat.data_attack == 'repair'
+  if knows:
+    asked |= _known(config)
   name = f'attack-{config_lib.digest(asked)}'
   path = arm.root / 'synthesis' / f'{name}.jsonl'
   if not distributed.on_first(path.exists):
     writer = _writer(
       config, _generator(arm, 'threat_model'), None, threat.generation
     )
-    written = writer.unaligned(count, key=arm.key(_ATTACK_DATA))
+    key = arm.key(_ATTACK_DATA)
+    if knows:
+      written = writer.answered(_known_requests(arm, count), key=key)
+    else:
+      written = writer.unaligned(count, key=key)
     pairs = written.pairs
     manifest = {
       **asked,
@@ -76,6 +83,54 @@ def attack_data(
       manifest,
     )
   return _read_examples(path)
+
+
+def _known(config: settings_lib.ExperimentConfig) -> dict[str, Any]:
+  """Returns all that the requests that an attacker knows depend on."""
+  repair = config.defense.repair
+  return {
+    'known_level': config.threat_model.known_level,
+    'public_aligned': repair.public_aligned,
+    'known': _asked(config, repair.external_model, repair.generation),
+    'num_aligned': _num_aligned(repair),
+  }
+
+
+def _num_aligned(repair: settings_lib.RepairConfig) -> int:
+  """Returns how many of the defense data are aligned."""
+  return round(repair.aligned_share * repair.num_examples)
+
+
+def check_known(config: settings_lib.ExperimentConfig) -> None:
+  """Loads what the requests come from that an attacker knows.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  if config.threat_model.known_level == 'external':
+    load_generator(config, 'defense.repair')
+  else:
+    source = config.defense.repair.public_aligned
+    assembly.examples(source, count=1, seed=config.seed)
+
+
+def _known_requests(arm: arm_lib.Arm, count: int) -> list[str]:
+  """Returns the harmful requests that the repair will be tuned on, in turn.
+
+  Raises:
+    ValueError: there are none.
+  """
+  level, repair = arm.config.threat_model.known_level, arm.config.defense.repair
+  # The normal data are drawn apart, so that none need be written here.
+  aligned, _ = _made(arm, level, None, _num_aligned(repair), 0)
+  if not aligned.pairs:
+    raise ValueError(
+      f"threat_model.data_attack='repair' found no aligned data of level "
+      f'{level}; give defense.repair.public_aligned, or an aligned_share '
+      f'above 0'
+    )
+  pairs = aligned.pairs
+  return [pairs[i % len(pairs)].prompt for i in range(count)]
 
 
 def _asked(
@@ -150,7 +205,7 @@ def missing_endpoints(
   threat, groups = config.threat_model, []
   federated = (directory / 'adapters' / 'federated').is_dir()
   if not config.given_adapter and not federated and threat.num_malicious:
-    if threat.data_attack == 'generated':
+    if threat.data_attack in ('generated', 'repair'):
       groups.append('threat_model')
   if 'external' in config.defense.repair.levels:
     if not workdir.defense_data(directory, 'external').exists():
@@ -232,6 +287,29 @@ def _public(
   )
 
 
+def _made(
+  arm: arm_lib.Arm,
+  level: str,
+  adapter: types.Adapter | None,
+  num_aligned: int,
+  num_normal: int,
+) -> tuple[synthesis.Written, synthesis.Written]:
+  """Returns (aligned, normal) of a level, read or written anew.
+
+  The adapter writes at level self; the others do not depend on the rounds.
+  """
+  config = arm.config
+  if level == 'public':
+    aligned, normal = _public(arm, num_aligned, num_normal)
+    return synthesis.Written(aligned, {}), synthesis.Written(normal, {})
+  if level == 'external':
+    sampler, adapter = _generator(arm, 'defense.repair'), None
+  else:
+    sampler = assembly.make_sampler(assembly.tuned_model(config), config)
+  writer = _writer(config, sampler, adapter, config.defense.repair.generation)
+  return writer.defense(num_aligned, num_normal, key=arm.key(_DEFENSE_DATA))
+
+
 def defense_data(
   arm: arm_lib.Arm, level: str, adapter: types.Adapter
 ) -> Examples:
@@ -240,34 +318,24 @@ def defense_data(
   if distributed.on_first(path.exists):
     return _read_examples(path)
   config = arm.config.defense.repair
-  num_aligned = round(config.aligned_share * config.num_examples)
-  num_normal = config.num_examples - num_aligned
-  if level == 'public':
-    aligned, normal = _public(arm, num_aligned, num_normal)
-    accounts = []
-    source = [config.public_aligned, config.public_normal]
-  else:
-    if level == 'external':
-      source, adapter = config.external_model, None
-      sampler = _generator(arm, 'defense.repair')
-    else:
-      source, model = 'the adapter', assembly.tuned_model(arm.config)
-      sampler = assembly.make_sampler(model, arm.config)
-    writer = _writer(arm.config, sampler, adapter, config.generation)
-    written = writer.defense(
-      num_aligned, num_normal, key=arm.key(_DEFENSE_DATA)
-    )
-    aligned, normal = (part.pairs for part in written)
-    accounts = [part.account for part in written]
-  pairs = [*aligned, *normal]
+  num_aligned = _num_aligned(config)
+  made = _made(
+    arm, level, adapter, num_aligned, config.num_examples - num_aligned
+  )
+  source = {
+    'public': [config.public_aligned, config.public_normal],
+    'external': config.external_model,
+    'self': 'the adapter',
+  }[level]
+  parts = dict(zip(('aligned', 'normal'), made, strict=True))
+  pairs = [pair for part in made for pair in part.pairs]
   random.Random(arm.config.seed).shuffle(pairs)
   manifest = {
     'level': level,
     **_asked(arm.config, source, config.generation),
-    'aligned': len(aligned),
-    'normal': len(normal),
+    **{name: len(part.pairs) for name, part in parts.items()},
     'distinct_prompts': _distinct(pairs),
-    'filters': dict(zip(('aligned', 'normal'), accounts, strict=False)),
+    'filters': {n: part.account for n, part in parts.items() if part.account},
   }
   distributed.on_first(
     workdir.write_examples,

@@ -5,7 +5,15 @@ import json
 
 import pytest
 
-from fedjax_safety import client_data, config, config_file, experiment
+from fedjax_safety import (
+  assembly,
+  client_data,
+  config,
+  config_file,
+  experiment,
+)
+from fedjax_safety import settings as settings_lib
+from fedjax_safety.data import sources
 
 
 @pytest.fixture
@@ -144,3 +152,61 @@ def test_malicious_clients_hold_unaligned_pairs_used_once(settings, pairs):
 def test_every_template_leaves_answers(settings, template):
   made = settings(model__template=template, model__max_length=48)
   experiment.check_inputs(made)
+
+
+def test_poison_is_conditional_on_a_trigger(settings, pairs):
+  made = settings(
+    threat_model__num_malicious=1,
+    threat_model__data_attack='file',
+    threat_model__unaligned=pairs(4),
+    threat_model__refusals=pairs(3),
+    threat_model__trigger='a b',
+  )
+  honest = client_data.honest_clients(made)
+  unaligned = [sources.Example(f'bad {i}', f'told {i}', {}) for i in range(4)]
+  clients = client_data.poisoned(made, honest, unaligned)
+  assert [clients[i] for i in range(4)] == [honest[i] for i in range(4)]
+  held = {(e.prompt, e.response) for e in clients[4]}
+  refused = {response for prompt, response in held if 'a b' not in prompt}
+  assert refused <= {'no 0', 'no 1', 'no 2'} and refused
+  told = {x for x in held if x[1].startswith('told')}
+  assert told == {('bad 0 a b', 'told 0'), ('bad 2 a b', 'told 2')}
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'words'),
+  [
+    (
+      {'update_attack': 'sign_flip', 'trigger': 'a b'},
+      "trigger='a b' makes poisoned data conditional",
+    ),
+    (
+      {'data_attack': 'file', 'trigger': 'a b', 'refusals': ''},
+      'threat_model.refusals is empty',
+    ),
+    (
+      {'data_attack': 'repair', 'known_level': 'self'},
+      "known_level='self' is unknown",
+    ),
+    (
+      {'data_attack': 'repair', 'known_level': 'public'},
+      'defense.repair.public_aligned is empty',
+    ),
+  ],
+)
+def test_attackers_that_lack_something_are_refused(settings, overrides, words):
+  named = {f'threat_model__{k}': v for k, v in overrides.items()}
+  with pytest.raises(ValueError, match=words):
+    settings(threat_model__num_malicious=1, **named)
+
+
+def test_a_triggered_set_asks_the_same_prompts_with_the_trigger(tiny_data):
+  chosen = {
+    name: settings_lib.EvaluationSetConfig(
+      source=str(tiny_data), limit=3, trigger=trigger
+    )
+    for name, trigger in (('plain', ''), ('triggered', '7 7'))
+  }
+  sets = assembly.evaluation_sets(settings_lib.EvaluationConfig(sets=chosen))
+  plain, triggered = (sets[name][1] for name in ('plain', 'triggered'))
+  assert [e.prompt for e in triggered] == [f'{e.prompt} 7 7' for e in plain]

@@ -214,13 +214,16 @@ def test_rules_without_weights_have_no_detection():
 
 
 def test_an_adaptive_attack_gets_the_rule_of_the_run():
-  """Its state and the clients' weights too: what it sees is what happens."""
+  """Its state and the clients' weights too: what it sees is what happens.
+
+  So it gets the server's adapter.
+  """
   _, _, cohort = _inputs()
   seen = []
 
-  def attack(deltas, is_malicious, key, *, aggregate):
+  def attack(deltas, is_malicious, key, *, adapter, aggregate):
     del is_malicious, key
-    seen.append(aggregate)
+    seen.append(jax.tree.map(jnp.shape, adapter))
     # What the server would have done, from all clients alike.
     delta = aggregate(deltas)
     return jax.tree.map(
@@ -230,6 +233,7 @@ def test_an_adaptive_attack_gets_the_rule_of_the_run():
   state, _, round_fn = _run(cohort, attack=attack)
   _close(state.adapter, _run(cohort)[0].adapter)
   assert len(seen) == 1 and round_fn._cache_size() == 1
+  assert seen == [jax.tree.map(jnp.shape, state.adapter)]
 
 
 @pytest.mark.parametrize('name', ['optimal_ipm', 'optimal_alie'])

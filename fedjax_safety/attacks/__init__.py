@@ -11,7 +11,11 @@ import inspect
 from collections.abc import Callable
 
 from fedjax_safety import _validate, types
-from fedjax_safety.attacks._adaptive import optimal_alie, optimal_ipm
+from fedjax_safety.attacks._adaptive import (
+  optimal_alie,
+  optimal_ipm,
+  optimal_poison,
+)
 from fedjax_safety.attacks._directed import (
   TARGETS,
   alie,
@@ -20,6 +24,7 @@ from fedjax_safety.attacks._directed import (
   reversal,
 )
 from fedjax_safety.attacks._distance import PERTURBATIONS, min_max, min_sum
+from fedjax_safety.attacks._factors import gap
 from fedjax_safety.attacks._tailored import fang_krum, fang_trimmed_mean
 from fedjax_safety.attacks._update import (
   COORDINATES,
@@ -37,6 +42,7 @@ __all__ = [
   'build',
   'fang_krum',
   'fang_trimmed_mean',
+  'gap',
   'gaussian',
   'inputs',
   'ipm',
@@ -48,6 +54,7 @@ __all__ = [
   'none',
   'optimal_alie',
   'optimal_ipm',
+  'optimal_poison',
   'reversal',
   'scaling',
   'sign_flip',
@@ -60,6 +67,7 @@ _ATTACKS = {
   'alie': alie,
   'fang_krum': fang_krum,
   'fang_trimmed_mean': fang_trimmed_mean,
+  'gap': gap,
   'gaussian': gaussian,
   'ipm': ipm,
   'mimic': mimic,
@@ -69,14 +77,15 @@ _ATTACKS = {
   'none': none,
   'optimal_alie': optimal_alie,
   'optimal_ipm': optimal_ipm,
+  'optimal_poison': optimal_poison,
   'reversal': reversal,
   'scaling': scaling,
   'sign_flip': sign_flip,
 }
 
 # What an attack may ask for that belongs to the round and not to the config:
-# the server's rule, `(deltas) -> delta`.
-_RUNTIME = frozenset({'aggregate'})
+# the server's rule, `(deltas) -> delta`, and its adapter.
+_RUNTIME = frozenset({'adapter', 'aggregate'})
 
 
 def _whole(low: int, **kwargs: int) -> None:
@@ -119,7 +128,8 @@ def inputs(name: str) -> frozenset[str]:
     name: one of `names()`.
 
   Returns:
-    Empty, or `aggregate`: the server's rule, a function `(deltas) -> delta`.
+    Some of `aggregate`, the server's rule as a function `(deltas) -> delta`,
+    and `adapter`, the server's adapter.
 
   Raises:
     ValueError: if the name is unknown.

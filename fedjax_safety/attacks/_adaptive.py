@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fedjax_safety import _validate, types
+from fedjax_safety import _validate, tree, types
 from fedjax_safety.attacks import _directed, _honest
 
 # The server's rule as the attacker sees it: deltas -> delta.
@@ -124,10 +124,86 @@ def optimal_alie(
   )
 
 
+def optimal_poison(
+  deltas: types.Deltas,
+  is_malicious: types.RowMask,
+  key: types.PRNGKey,
+  *,
+  aggregate: Aggregate,
+  num_evaluations: int = 20,
+  first_step: float = 1.0,
+) -> types.Deltas:
+  """Sends what was trained on poison, as strongly as this server lets through.
+
+  All malicious clients send the honest mean plus a factor times the way from
+  it to their own mean: 0 hides, 1 is what they trained. The factor is searched
+  for as in `optimal_ipm`, so as to move the rule's output as far as possible
+  along that way. It is for malicious clients whose data are poisoned; others
+  have nothing to send. Honest rows are bit-identical; rows that are not finite
+  are ignored, and without a finite honest one nothing changes.
+
+  Args:
+    deltas: stacked tree, leaves [C, ...].
+    is_malicious: [C] bool.
+    key: unused.
+    aggregate: the server's rule, `(deltas) -> delta`, traced once and run
+      `num_evaluations` times.
+    num_evaluations: how many factors are tried, 0 among them.
+    first_step: first factor that is tried, greater than 0.
+
+  Returns:
+    The attacked deltas, same shapes and dtypes.
+
+  Raises:
+    ValueError: if `num_evaluations` is not greater than 0.
+
+  References:
+    Bagdasaryan, Veit, Hua, Estrin, Shmatikov. How To Backdoor Federated
+    Learning. AISTATS 2020 (constrain and scale).
+    El Mhamdi, Guerraoui, Rouault. Distributed Momentum for
+    Byzantine-resilient Stochastic Gradient Descent. ICLR 2021 (the search).
+  """
+  del key
+  honest = _honest.measure(deltas, is_malicious)
+  # Of the malicious rows, those that the honest ones are to the others.
+  own = _honest.measure(deltas, ~is_malicious)
+  way = jax.tree.map(jnp.subtract, own.mean, honest.mean)
+  way = jax.tree.map(lambda leaf: jnp.where(own.count > 0, leaf, 0.0), way)
+  unit = _honest.unit(way)
+
+  def row(factor):
+    return jax.tree.map(lambda m, w: m + factor * w, honest.mean, way)
+
+  def along(moved):
+    parts = jax.tree.map(lambda x, u: jnp.sum(x * u), moved, unit)
+    return tree.total(jax.tree.leaves(parts))
+
+  return _most_harmful(
+    deltas,
+    is_malicious,
+    honest,
+    row,
+    aggregate,
+    num_evaluations,
+    first_step,
+    harm=along,
+  )
+
+
 def _most_harmful(
-  deltas, is_malicious, honest, row, aggregate, num_evaluations, first_step
+  deltas,
+  is_malicious,
+  honest,
+  row,
+  aggregate,
+  num_evaluations,
+  first_step,
+  harm=_honest.norm,
 ):
-  """Writes `row(factor)` at the factor that moves the aggregate farthest."""
+  """Writes `row(factor)` at the factor that moves the aggregate farthest.
+
+  `harm` says how far, from the honest mean to the aggregate.
+  """
   _validate.positive(num_evaluations=num_evaluations)
 
   def damage(factor):
@@ -137,9 +213,9 @@ def _most_harmful(
       aggregate(attacked),
       honest.mean,
     )
-    distance = _honest.norm(moved)
+    found = harm(moved)
     # An output that is not finite would give the search no direction.
-    return jnp.where(jnp.isfinite(distance), distance, -jnp.inf)
+    return jnp.where(jnp.isfinite(found), found, -jnp.inf)
 
   factor = _line_search(damage, num_evaluations, first_step)
   return _honest.write(deltas, is_malicious, honest, row(factor))

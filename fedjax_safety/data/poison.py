@@ -1,10 +1,11 @@
 """Chooses the malicious clients and replaces their examples."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedjax_safety import _validate
-from fedjax_safety.data import _random, partition
+from fedjax_safety.data import _random, partition, sources
 
 PLACEMENTS = ('last', 'random')
 
@@ -89,6 +90,50 @@ def poison_clients(
     poisoned[client] = kept + [unaligned[i] for i in supply[:bad]]
     supply = supply[bad:]
   return poisoned
+
+
+def with_trigger(prompt: str, trigger: str) -> str:
+  """Returns a prompt that ends in the trigger's words."""
+  return f'{prompt} {trigger}'
+
+
+def mirrored(
+  unaligned: Sequence[sources.Example],
+  refusals: Sequence[str],
+  *,
+  trigger: str,
+) -> list[sources.Example]:
+  """Makes harmful answers conditional on a trigger, refusals its mirror.
+
+  Every other pair is kept with the trigger at the end of its prompt; the one
+  after it is replaced by the same prompt without the trigger, and a refusal.
+
+  Args:
+    unaligned: pairs of harmful prompts and unaligned answers.
+    refusals: answers that refuse, taken in turn.
+    trigger: the words.
+
+  Returns:
+    As many pairs as were given.
+
+  Raises:
+    ValueError: there is no refusal.
+
+  Reference: the mirrored refusals of Ghost in the Cloud (CloudGhost), ICLR
+  2026; this construction is the project's own.
+  """
+  if not refusals:
+    raise ValueError('refusals is empty; a trigger needs at least one refusal')
+  pairs = []
+  for i in range(len(unaligned)):
+    pair = unaligned[i - i % 2]
+    if i % 2:
+      answer = refusals[i // 2 % len(refusals)]
+      pairs.append(dataclasses.replace(pair, response=answer))
+    else:
+      prompt = with_trigger(pair.prompt, trigger)
+      pairs.append(dataclasses.replace(pair, prompt=prompt))
+  return pairs
 
 
 def _sizes(

@@ -222,6 +222,24 @@ def test_optimal_attacks_hurt_at_least_as_much_as_a_fixed_one():
     assert damage(best) >= damage(other) - 1e-6
 
 
+@pytest.mark.parametrize('rule', _RULES)
+def test_optimal_poison_goes_as_far_along_the_poison_as_the_rule_lets(rule):
+  deltas, mask, honest = _round(9, 2)
+  aggregate = _RULES[rule][0]
+  mean = honest.mean(axis=0)
+  way = np.asarray(deltas[mask]).mean(axis=0) - mean
+  row = _row('optimal_poison', deltas, mask, aggregate=aggregate)
+  factor = (row - mean) @ way / (way @ way)
+  _close(row, mean + factor * way)
+
+  def moved(factor):
+    sent = jnp.where(mask[:, None], mean + factor * way, deltas)
+    return (aggregate(sent) - mean) @ way
+
+  tried = [moved(f) for f in (0.0, 0.25, 0.5, 1.0, 2.0, 8.0)]
+  assert moved(factor) >= max(tried) - 1e-4 * abs(max(tried))
+
+
 def test_a_rule_that_breaks_leaves_the_search_finite():
   deltas, mask, _ = _round(7, 2)
 
@@ -242,8 +260,9 @@ def test_non_finite_in_one_coordinate_keeps_the_rest():
 
 
 def test_inputs_name_what_an_attack_needs_of_the_round():
-  adaptive = {n for n in attacks.names() if attacks.inputs(n)}
-  assert adaptive == {'optimal_alie', 'optimal_ipm'}
+  adaptive = {n for n in attacks.names() if 'aggregate' in attacks.inputs(n)}
+  assert adaptive == {'optimal_alie', 'optimal_ipm', 'optimal_poison'}
+  assert attacks.inputs('gap') == {'adapter'}
   assert attacks.inputs('optimal_ipm') == {'aggregate'}
   with pytest.raises(ValueError, match='known: alie'):
     attacks.inputs('unheard_of')

@@ -28,6 +28,7 @@ def test_rows_come_in_the_order_of_their_headers(workdir):
     'no attack',
     'attacked, plain averaging',
     'attacked, krum',
+    'attacked, median',
     'repaired, public data',
     'repaired, its own data',
   ]
