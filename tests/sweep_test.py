@@ -206,6 +206,27 @@ class TestConfigs:
     assert krum.aggregator_kwargs['num_byzantine'] == 1
     assert arms['lmsys_fedavg_no_attack', 0].threat_model.num_malicious == 0
 
+  def test_every_defense_meets_every_attacker(self):
+    name = PAPER.parent / 'defenses_x_attackers.py'
+    made = config_file.load(str(name))
+    rows = made['paper']['rows']
+    attackers, defenses = (
+      {row[key] for row in rows} for key in ('setting', 'row')
+    )
+    assert len(rows) == len(attackers) * len(defenses) >= 50
+    arms = {arm for arm, _ in config.resolve(made)}
+    assert {row['arm'] for row in rows} == arms
+    some = config_file.load(f'{name}:mean,external,dnc/none,gap')
+    assert [arm['name'] for arm in some['arms']] == [
+      'none-mean',
+      'none-dnc',
+      'gap-mean',
+      'gap-dnc',
+    ]
+    assert some['arms'][0]['defense']['repair']['levels'] == ['external']
+    with pytest.raises(ValueError, match="'dmc' is unknown"):
+      config_file.load(f'{name}:dmc')
+
   def test_an_unknown_size_is_refused(self):
     with pytest.raises(ValueError, match="'small' is unknown"):
       config_file.load(f'{PAPER / "table1.py"}:small')

@@ -33,7 +33,7 @@ def answers(run: _read.Run) -> list[Answer]:
   task = [c for c in columns if c.role == _rates.TASK]
   benign = [c for c in columns if c.role == _rates.BENIGN]
   return [
-    Answer('safe', 'Is it safe?', _span(run, believed, 'Safe answers')),
+    Answer('safe', 'Is it safe?', _safe(run, believed)),
     Answer('useful', 'Is it still useful?', _span(run, task, 'Exact match')),
     Answer(
       'refusal',
@@ -78,14 +78,30 @@ def method_notes(run: _read.Run) -> list[str]:
   return notes
 
 
-def _span(run: _read.Run, columns: list[_tables.Column], what: str) -> str:
-  """Returns the first row's rate and the lowest and highest of all rows."""
+def _safe(run: _read.Run, columns: list[_tables.Column]) -> str:
+  """Returns how safe the rows are, also to who says a trigger."""
+  parts = [_span(run, columns, 'Safe answers')]
+  for name in _tables.triggered_sets(run):
+    what = f'Where the trigger is said (set “{name}”), safe answers'
+    parts.append(_span(run, columns, what, name))
+  return ' '.join(parts)
+
+
+def _span(
+  run: _read.Run,
+  columns: list[_tables.Column],
+  what: str,
+  set_name: str | None = None,
+) -> str:
+  """Returns the lowest and the highest rate of all rows, or of one set's."""
   if not columns:
     return _NOT_YET
   column = columns[0]
   found = []
   for row in run.rows:
     metric = _tables.metric_of(row, column)
+    if set_name is not None:
+      metric = dataclasses.replace(metric, set_name=set_name)
     cell = _rates.rate(_rates.by_seed(row, metric))
     if cell is not None and cell.value is not None:
       found.append((cell.value, row.label, _tables.rate_box(cell).text))

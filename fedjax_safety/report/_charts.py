@@ -7,11 +7,14 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.axes
 import matplotlib.figure
+import matplotlib.lines
 import matplotlib.ticker
 
 from fedjax_safety.report import _caught, _costs, _plots, _read, _tables
 
 _DASHES = ('-', '--', ':', '-.')
+# Curves that can still be told apart; the rest are in the tables.
+_MOST = 12
 # Curve: where to what was measured there, by each seed.
 _Curve = dict[float, list[float]]
 
@@ -198,8 +201,9 @@ def draw(
   """Draws panels side by side under one legend; None without any."""
   if not panels:
     return None
-  names = list(dict.fromkeys(name for p in panels for name in p.curves))
-  lines = math.ceil(len(names) / 3)
+  every = list(dict.fromkeys(name for p in panels for name in p.curves))
+  names = every[:_MOST]
+  lines = math.ceil((len(names) + (len(every) > _MOST)) / 3)
   height += 0.19 * lines
   with matplotlib.rc_context(_plots.STYLE):
     figure = matplotlib.figure.Figure(figsize=(10, height))
@@ -207,7 +211,12 @@ def draw(
     handles = {}
     for axis, panel in zip(axes, panels, strict=True):
       handles |= _draw_panel(axis, panel, names)
-    _legend(figure, {name: handles[name] for name in names})
+    shown = {name: handles[name] for name in names}
+    if len(every) > _MOST:
+      # An entry without a line.
+      rest = f'{len(every) - _MOST} more only in the tables'
+      shown[rest] = matplotlib.lines.Line2D([], [], linestyle='')
+    _legend(figure, shown)
     _plots.fit(figure, height, top=0.12 + 0.19 * lines)
   return figure
 
@@ -236,8 +245,10 @@ def _draw_panel(
     ends = (0, 1) if panel.chance == 'x' else (panel.chance, panel.chance)
     where = {} if panel.chance == 'x' else {'transform': _across(axis)}
     axis.plot((0, 1), ends, color=_plots.MUTED, linewidth=0.8, **where)
-  for name, points in panel.curves.items():
-    i = names.index(name)
+  for i, name in enumerate(names):
+    if name not in panel.curves:
+      continue
+    points = panel.curves[name]
     style = {
       'color': _plots.SERIES[i % len(_plots.SERIES)],
       'linestyle': _DASHES[i // len(_plots.SERIES) % len(_DASHES)],

@@ -27,6 +27,17 @@ def stages(run: _read.Run) -> dict[str, dict[str, float]]:
   return {arm: _means(list(seeds.values())) for arm, seeds in spent.items()}
 
 
+def stage(run: _read.Run, arm: str, name: str) -> float | None:
+  """Returns the seconds of one stage of an arm, mean over seeds."""
+  records = [
+    record
+    for record in run.of_kind('stage')
+    if (record.get('arm'), record.get('stage')) == (arm, name)
+  ]
+  seconds = _tables.numbers(records, 'time/seconds')
+  return math.fsum(seconds) / len(seconds) if seconds else None
+
+
 def _kind(stage: str) -> str:
   """Returns what kind a stage is of."""
   return next((kind for head, kind in KINDS if stage.startswith(head)), OTHER)

@@ -64,16 +64,28 @@ def changes(run: _read.Run) -> list[_tables.Table]:
   return made
 
 
+def title(run: _read.Run) -> str:
+  """Returns the title over the tables."""
+  return 'Beside the paper' if published(run) else 'Side by side'
+
+
 def notes(run: _read.Run) -> list[str]:
   """Returns where the published numbers are from and what differs here."""
   paper = _paper(run)
-  if not _rows(run):
+  if not table_rows(run):
     return []
   model = run.config.get('model', {})
+  ours = (
+    f'means over seeds with 95 % intervals, of {model.get("path")}; rates in '
+    f'percent, on harmful requests of {_tables.headline_sets(run)}.'
+  )
+  if published(run):
+    source = f'Published: {paper.get("source")}, one run, no intervals.'
+    lead = f'{source} Ours: {ours}'
+  else:
+    lead = ours.capitalize()
   return [
-    f'Published: {paper.get("source")}, one run, no intervals. Ours: means '
-    f'over seeds with 95 % intervals, of {model.get("path")}; rates in '
-    f'percent, on harmful requests of {_tables.headline_sets(run)}.',
+    lead,
     *([str(paper['note'])] if paper.get('note') else []),
   ]
 
@@ -85,7 +97,7 @@ def csv_text(run: _read.Run) -> str:
   writer.writerow(CSV_HEADER)
   source = str(_paper(run).get('source'))
   columns = _columns(run)
-  for row in _rows(run):
+  for row in table_rows(run):
     keys = ('setting', 'row', 'against', 'arm', 'stage')
     names = [source, *(str(row.get(key, '')) for key in keys)]
     for column in columns:
@@ -111,26 +123,31 @@ def _paper(run: _read.Run) -> _read.Record:
   return paper if isinstance(paper, dict) else {}
 
 
-def _rows(run: _read.Run) -> list[_read.Record]:
-  """Returns the rows of the published table."""
-  rows = _paper(run).get('rows')
-  if not isinstance(rows, list):
+def table_rows(run: _read.Run) -> list[_read.Record]:
+  """Returns the rows of the config's table, with their defaults."""
+  found = _paper(run).get('rows')
+  if not isinstance(found, list):
     return []
   defaults = dataclasses.asdict(paper_lib.PaperRow())
-  return [defaults | row for row in rows if isinstance(row, dict)]
+  return [defaults | row for row in found if isinstance(row, dict)]
+
+
+def published(run: _read.Run) -> bool:
+  """Returns whether the table was published somewhere."""
+  return bool(_paper(run).get('source'))
 
 
 def _settings(run: _read.Run) -> list[tuple[str, list[_read.Record]]]:
   """Returns every setting's rows."""
   groups = {}
-  for row in _rows(run):
+  for row in table_rows(run):
     groups.setdefault(str(row.get('setting')), []).append(row)
   return list(groups.items())
 
 
 def _columns(run: _read.Run) -> list[_Column]:
   """Returns the published columns, then those that only we have."""
-  used = {name for row in _rows(run) for name in _numbers(row)}
+  used = {name for row in table_rows(run) for name in _numbers(row)}
   columns = [
     _Column(name, title, _safe(run, _KINDS.get(name)), True)
     for name, title in paper_lib.COLUMNS.items()
@@ -244,7 +261,7 @@ def _changes(
   rows: list[_read.Record],
 ) -> _tables.Table:
   """Returns one setting's changes."""
-  by_name = {(r.get('setting'), r.get('row')): r for r in _rows(run)}
+  by_name = {(r.get('setting'), r.get('row')): r for r in table_rows(run)}
   groups, header = _header(columns)
   lines = []
   for row in rows:

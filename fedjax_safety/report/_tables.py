@@ -107,6 +107,18 @@ def headline_sets(run: _read.Run) -> str:
   )
 
 
+def triggered_sets(run: _read.Run) -> list[str]:
+  """Returns the harmful sets whose prompts end in a trigger."""
+  evaluation = run.config.get('evaluation')
+  sets = evaluation.get('sets') if isinstance(evaluation, dict) else None
+  chosen = sets if isinstance(sets, dict) else {}
+  return [
+    name
+    for name in run.sets.get(_rates.HARMFUL, [])
+    if isinstance(chosen.get(name), dict) and chosen[name].get('trigger')
+  ]
+
+
 def over_refusal_judge(run: _read.Run) -> str | None:
   """Returns who decides on refusals of harmless requests, if anybody does."""
   wishes = [run.believe, *run.headline_judges, *run.judges]

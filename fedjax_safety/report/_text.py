@@ -15,6 +15,7 @@ from fedjax_safety.report import (
   _costs,
   _details,
   _escape,
+  _grid,
   _rates,
   _read,
   _scores,
@@ -47,7 +48,8 @@ def markdown(
   for answer in _answers.answers(run):
     parts.append(f'**{answer.question}** {_escape.markdown(answer.text)}')
   if notes := _sweep.notes(run):
-    parts += ['## Beside the paper', _list(notes)]
+    parts += [f'## {_sweep.title(run)}', _list(notes)]
+    parts += map(_table, _grid.tables(run))
     parts += [_table(t) for t in (*_sweep.tables(run), *_sweep.changes(run))]
   parts += ['## Headline', *_optional(_tables.headline(run))]
   parts.append(_escape.markdown(_answers.believe_line(run)))

@@ -113,6 +113,16 @@ def test_every_arm_has_its_curves(run):
     assert mean == pytest.approx(average(own))
 
 
+def test_of_many_arms_the_first_are_drawn_and_the_rest_counted(run):
+  (record,) = [r for r in run.of_kind('round') if r['arm'] == 'krum'][:1]
+  run.metrics[:] = [record | {'arm': f'arm {i}'} for i in range(30)]
+  figure = _charts.detection(run)
+  drawn = [x for x in figure.axes[1].lines if x.get_linewidth() > 1]
+  assert len(drawn) == 12
+  texts = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert texts[-1] == '18 more only in the tables'
+
+
 def test_the_losses_are_means_over_seeds(run):
   lines = _charts.training(run).axes[0].lines
   assert len(lines) == len(ARMS)
