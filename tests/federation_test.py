@@ -252,6 +252,47 @@ def test_update_attacks_work_on_poisoned_clients(
     assert norms[is_malicious] > 100 * before[~is_malicious].max()
 
 
+def test_factors_that_look_honest_come_from_poisoned_clients(one_round):
+  is_malicious, plain = one_round('none')
+  _, attacked = one_round('gap')
+  norms = np.asarray(attacked['client/delta_norm_by_row'])
+  before = np.asarray(plain['client/delta_norm_by_row'])
+  np.testing.assert_array_equal(norms[~is_malicious], before[~is_malicious])
+  # Every factor has a mean norm, so that all together are below the largest.
+  assert 0 < norms[is_malicious] <= 1.0001 * norms[~is_malicious].max()
+  assert norms[is_malicious] != before[is_malicious]
+
+
+@pytest.mark.parametrize(
+  ('scheme', 'algorithm', 'sent', 'got'),
+  [
+    ('factors', 'fedavg', (20 + 30, 20 + 30), 50),
+    ('ffa', 'fedavg', (30, 30), 50),
+    ('rolora', 'fedavg', (30, 20), 50),
+    ('factors', 'scaffold', (50, 50), 100),
+  ],
+)
+def test_traffic_is_what_a_round_trains_and_sends(
+  tiny_config, scheme, algorithm, sent, got
+):
+  tree = config_file.load(str(tiny_config))
+  for key, text in {
+    'defense.lora_aggregation': scheme,
+    'client.algorithm': algorithm,
+    'client.optimizer': 'sgd',
+  }.items():
+    config_file.override(tree, key, text)
+  (made,) = config.resolve(tree).values()
+  parts = federation.choose_parts(made)
+  adapter = {'q': {'a': jnp.zeros((1, 10, 2)), 'b': jnp.zeros((1, 2, 15))}}
+  state = parts.init_state(adapter)
+  for round_index, number in enumerate(sent):
+    assert federation.traffic(parts, state, round_index) == {
+      'communication/upload_bytes': 4 * number,
+      'communication/download_bytes': 4 * got,
+    }
+
+
 @pytest.mark.parametrize('malicious', [True, False])
 def test_a_rate_of_nobody_is_not_recorded(malicious):
   found = {'defense/detection_recall': np.float32(0.5 if malicious else np.nan)}
