@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjax_safety import _networks, types
+from fedjax_safety import _networks, _tiles, types
 
 # Columns of one leaf that a CPU multiplies at a time, so that they stay in
 # its cache; other platforms take the leaf whole.
@@ -83,7 +83,9 @@ def mix(weights: types.Weights, deltas: types.Deltas) -> types.Adapter:
   return jax.tree.map(mix_leaf, deltas)
 
 
-def mix_rows(matrix: jax.Array, deltas: types.Deltas) -> types.Deltas:
+def mix_rows(
+  matrix: jax.Array, deltas: types.Deltas, *, fused: bool = False
+) -> types.Deltas:
   """Returns `matrix @ deltas` for every leaf.
 
   A new row that takes anything from a row with a NaN or an infinity is NaN
@@ -92,21 +94,24 @@ def mix_rows(matrix: jax.Array, deltas: types.Deltas) -> types.Deltas:
   Args:
     matrix: [M, C] float32.
     deltas: stacked tree, leaves [C, ...].
+    fused: whether something reads the new rows elementwise and once, so that
+      few of them need not be written out at all.
 
   Returns:
     A stacked tree, leaves [M, ...], each with the dtype of its leaf.
   """
+  unrolled = functools.partial(_unrolled_mix_rows, matrix)
+  few = matrix.size <= _MAX_UNROLLED
 
-  def unrolled(leaf):
-    return jnp.stack([mix(weights, leaf) for weights in matrix])
+  def made(leaf):
+    return _tiles.columns(
+      functools.partial(_mix_tile, matrix),
+      leaf,
+      num_column_axes=leaf.ndim - 1,
+      whole=unrolled if few else functools.partial(_mix_whole_rows, matrix),
+    )
 
-  def tiled(leaf):
-    return lax.platform_dependent(
-      matrix, leaf, cpu=_tiled_mix_rows, default=_whole_mix_rows
-    ).astype(leaf.dtype)
-
-  small = matrix.size <= _MAX_UNROLLED
-  return jax.tree.map(unrolled if small else tiled, deltas)
+  return jax.tree.map(unrolled if few and fused else made, deltas)
 
 
 def where_rows(
@@ -315,42 +320,32 @@ def _tiled_products(rows, others, center) -> tuple[jax.Array, ...]:
   return lax.fori_loop(0, num_tiles, add_tile, rest) if num_tiles else rest
 
 
-def _whole_mix_rows(matrix, leaf) -> jax.Array:
+def _unrolled_mix_rows(matrix, leaf) -> jax.Array:
+  """Multiplies row by row, in terms that fuse with what reads the result."""
+  return jnp.stack([mix(weights, leaf) for weights in matrix])
+
+
+def _mix_whole_rows(matrix, leaf) -> jax.Array:
   """Multiplies a matrix with a leaf, bad entries apart from the others."""
   values = leaf.astype(jnp.float32)
   bad = ~jnp.isfinite(values)
   dot = functools.partial(jnp.tensordot, axes=1, precision='highest')
   made = dot(matrix, jnp.where(bad, 0.0, values))
   touched = dot((matrix != 0).astype(jnp.float32), bad.astype(jnp.float32))
-  return jnp.where(touched > 0, jnp.nan, made)
+  return jnp.where(touched > 0, jnp.nan, made).astype(leaf.dtype)
 
 
-def _tiled_mix_rows(matrix, leaf) -> jax.Array:
-  """Multiplies in tiles of columns that fit into a CPU's cache."""
-  flat = leaf.reshape(leaf.shape[0], -1)
-  num_tiles = flat.shape[1] // _CPU_TILE
-  whole = num_tiles * _CPU_TILE
-
-  def make(tile):
-    tile = tile.astype(jnp.float32)
-    # A bad entry spoils its column even where its factor is 0.
-    made = jnp.matmul(matrix, tile, precision='highest')
-    return lax.cond(
-      jnp.isfinite(_probe(made, 0)),
-      lambda: made,
-      lambda: _whole_mix_rows(matrix, tile),
-    )
-
-  def put_tile(i, made):
-    start = i * _CPU_TILE
-    tile = lax.dynamic_slice_in_dim(flat, start, _CPU_TILE, axis=1)
-    return lax.dynamic_update_slice_in_dim(made, make(tile), start, axis=1)
-
-  rest = make(flat[:, whole:])
-  made = jnp.pad(rest, ((0, 0), (whole, 0)))
-  if num_tiles:
-    made = lax.fori_loop(0, num_tiles, put_tile, made)
-  return made.reshape(matrix.shape[0], *leaf.shape[1:])
+def _mix_tile(matrix, tile) -> jax.Array:
+  """Multiplies a few columns, with that care only where one is bad."""
+  # A bad entry spoils its column even where its factor is 0.
+  made = jnp.tensordot(
+    matrix, tile.astype(jnp.float32), axes=1, precision='highest'
+  )
+  return lax.cond(
+    jnp.isfinite(_probe(made, 0)),
+    lambda: made.astype(tile.dtype),
+    lambda: _mix_whole_rows(matrix, tile),
+  )
 
 
 def _median_row(leaf: jax.Array) -> jax.Array:

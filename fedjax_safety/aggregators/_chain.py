@@ -146,8 +146,9 @@ def run(
   rule = _rule.of(steps[-1])
   if rule.kind == 'affine':
     return _combine(_measured(rows), steps[-1], key)
-  made, finite = _made(rows), rows.finite
-  if rule.kind == 'coordinatewise':
+  finite, fused = rows.finite, rule.kind == 'coordinatewise'
+  made = _made(rows, fused=fused)
+  if fused:
     delta = jax.tree.map(functools.partial(combine_leaf, steps[-1]), made)
     finite = tree.finite_rows(deltas) if finite is None else finite
     return _base.RuleOutput(delta, None, finite)
@@ -266,11 +267,11 @@ def _measured(rows: _Rows) -> _Rows:
   return rows._replace(geometry=geometry, finite=geometry.finite)
 
 
-def _made(rows: _Rows) -> types.Deltas:
-  """Returns the rows as a stacked tree."""
+def _made(rows: _Rows, *, fused: bool = False) -> types.Deltas:
+  """Returns the rows as a stacked tree; `fused` as in `tree.mix_rows`."""
   if rows.matrix is None:
     return rows.deltas
-  return tree.mix_rows(rows.matrix, rows.deltas)
+  return tree.mix_rows(rows.matrix, rows.deltas, fused=fused)
 
 
 def _combine(rows: _Rows, step: Step, key) -> _base.RuleOutput:

@@ -1,12 +1,13 @@
 """Rules that fit and reweight: residual-based reweighting."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjax_safety import _validate, tree, types
+from fedjax_safety import _tiles, _validate, tree, types
 from fedjax_safety.aggregators import _base, _rule
 
 
@@ -63,54 +64,88 @@ def residual_reweighting(
   """
   finite = tree.finite_rows(deltas)
   leaves, structure = jax.tree.flatten(deltas)
-  fits = [_fit_leaf(leaf, confidence, threshold) for leaf in leaves]
-  trust = tree.total([leaf_trust for leaf_trust, _ in fits])
+  lines = [_in_tiles(_line, leaf, like=leaf) for leaf in leaves]
+  judged = functools.partial(
+    _judged, confidence=confidence, threshold=threshold
+  )
+  trust = tree.total(
+    [
+      _tiles.row_sums(
+        lambda leaf, line: judged(leaf, line)[0],
+        leaf,
+        line,
+        num_column_axes=leaf.ndim - 1,
+      )
+      for leaf, line in zip(leaves, lines, strict=True)
+    ]
+  )
   trust = jnp.where(finite, trust, 0.0)
   trust = jnp.where(jnp.max(trust) > 0, trust, finite.astype(jnp.float32))
   largest = jnp.max(trust)
   shares = _base.normalized(
     jnp.square(trust / jnp.where(largest > 0, largest, 1.0))
   )
-  repaired = jax.tree.unflatten(structure, [values for _, values in fits])
-  return _base.RuleOutput(tree.mix(shares, repaired), shares, finite)
+
+  def mixed(leaf, line):
+    return tree.mix(shares, judged(leaf, line)[1])
+
+  delta = [
+    _in_tiles(mixed, leaf, line, like=leaf)
+    for leaf, line in zip(leaves, lines, strict=True)
+  ]
+  return _base.RuleOutput(jax.tree.unflatten(structure, delta), shares, finite)
 
 
-def _fit_leaf(
-  leaf: jax.Array, confidence, threshold
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the clients' trust [C] and the leaf [C, ...] with lines put in."""
+def _in_tiles(function, *arrays: jax.Array, like: jax.Array) -> jax.Array:
+  """Calls a function on some columns of a leaf at a time."""
+  return _tiles.columns(function, *arrays, num_column_axes=like.ndim - 1)
+
+
+def _line(leaf: jax.Array) -> jax.Array:
+  """Returns slope and intercept of each coordinate's line, and deviation."""
   values = tree.nonfinite_last(leaf.astype(jnp.float32))
   size = values.shape[0]
   rank = _ranks(values)
   slope, intercept = _repeated_median(_ordered(values, rank))
-  line = _map_rows(lambda c, place: intercept + slope * place, rank)
-  residuals = jnp.abs(values - line)
+  residuals = _map_rows(
+    lambda c, place, value: jnp.abs(value - (intercept + slope * place)),
+    rank,
+    values,
+  )
   deviation = 1.4826 * (1 + 5 / (size - 1)) * _upper_median(residuals)
+  return jnp.stack([slope, intercept, deviation])
 
-  def trust_of_row(c, place, residual):
+
+def _judged(
+  leaf: jax.Array, line: jax.Array, *, confidence, threshold
+) -> tuple[jax.Array, jax.Array]:
+  """Returns what trust each value earns, and the values with lines put in."""
+  slope, intercept, deviation = line
+  values = tree.nonfinite_last(leaf.astype(jnp.float32))
+  size = values.shape[0]
+
+  def trust_of_row(c, place, value):
     del c
+    fitted = intercept + slope * place
+    residual = jnp.abs(value - fitted)
     spread = (size * size - 1) * size / 12
     leverage = 1 / size + jnp.square(place - (size - 1) / 2) / spread
     reach = confidence * math.sqrt(2 / size) * deviation
     reach = reach * jnp.sqrt(1 - leverage)
     is_far = residual > reach
     # No quotient of zeros on the other side, which has no derivative.
-    return jnp.where(is_far, reach / jnp.where(is_far, residual, 1.0), 1.0)
+    trust = jnp.where(is_far, reach / jnp.where(is_far, residual, 1.0), 1.0)
+    repaired = jnp.where(trust < threshold, fitted, value)
+    # With half of the values or more not finite there is no line.
+    return trust, jnp.where(jnp.isfinite(repaired), repaired, 0.0)
 
-  trust = _map_rows(trust_of_row, rank, residuals)
+  trust, repaired = _map_rows(trust_of_row, _ranks(values), values)
   middle = tree.total(tree.rows(trust)) / size
   variance = tree.total(tree.rows(jnp.square(trust - middle))) / (size - 1)
-  deviation_of_trust = tree.safe_sqrt(variance)
-  client_trust = _map_rows(
-    lambda c, row: jnp.sum(row * deviation_of_trust), trust
-  )
-  repaired = jnp.where(trust < threshold, line, values)
-  # With half of the values or more not finite there is no line.
-  repaired = jnp.where(jnp.isfinite(repaired), repaired, 0.0)
-  return client_trust, repaired.astype(leaf.dtype)
+  return trust * tree.safe_sqrt(variance), repaired.astype(leaf.dtype)
 
 
-def _map_rows(function, *stacked: jax.Array) -> jax.Array:
+def _map_rows(function, *stacked: jax.Array):
   """Stacks `function(c, x[c], ...)`, one row after the other.
 
   Unrolled, the work of all pairs of clients would be one huge kernel, and a

@@ -1,11 +1,12 @@
 """A rule that selects clients layer by layer: LASA."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_safety import _validate, tree, types
+from fedjax_safety import _tiles, _validate, tree, types
 from fedjax_safety.aggregators import _base, _rule, _scale, _top
 
 # Shares of signs closer than this, and norms relative to their median,
@@ -97,23 +98,44 @@ def lasa(
   for leaf in leaves:
     # An axis of layers of length 1 where the leaf is one layer.
     layered = leaf if stacked_layers else leaf[:, None]
-    large = _top.magnitudes(layered) >= _top.spread(cutoff, layered)
-    sparse = jnp.where(large, layered.astype(jnp.float32), 0.0)
-    shares = scored(sparse * _top.spread(factors, sparse))
+    shares = scored(_sums_of_layers(layered, cutoff, factors))
     coefficients = shares * factors[:, None]
+    sparse = _sparse(layered, cutoff)
     combined.append(_mix_layers(coefficients, sparse, leaf))
     total_shares += jnp.mean(shares, axis=1) * (leaf[0].size / whole)
   delta = jax.tree.unflatten(structure, combined)
   return _base.RuleOutput(delta, _base.normalized(total_shares), finite)
 
 
-def _counting(layered: jax.Array, *, finite, keep_share, limits) -> jax.Array:
+class _Sums(NamedTuple):
+  """Sums [C, layers] over what is left of the layers of clipped rows."""
+
+  squares: jax.Array
+  signs: jax.Array
+  num_signs: jax.Array
+
+
+def _sparse(layered: jax.Array, cutoff: jax.Array) -> jax.Array:
+  """Returns rows [C, layers, ...] with small coordinates replaced by 0."""
+  large = _top.magnitudes(layered) >= _top.spread(cutoff, layered)
+  return jnp.where(large, layered.astype(jnp.float32), 0.0)
+
+
+def _sums_of_layers(layered: jax.Array, cutoff, factors) -> _Sums:
+  """Returns what layers are judged by, of sparse rows times factors."""
+
+  def summands(layered):
+    sparse = _sparse(layered, cutoff) * _top.spread(factors, layered)
+    signs = jnp.sign(sparse)
+    return _Sums(jnp.square(sparse), signs, jnp.abs(signs))
+
+  return _tiles.row_sums(summands, layered, num_column_axes=layered.ndim - 2)
+
+
+def _counting(sums: _Sums, *, finite, keep_share, limits) -> jax.Array:
   """Returns the rows' shares [C, layers] in a leaf [C, layers, ...]."""
-  norms = tree.safe_sqrt(_top.row_sum(jnp.square(layered), axes=2))
-  signs = jnp.sign(layered)
-  balance = _top.row_sum(signs, axes=2)
-  num_signs = _top.row_sum(jnp.abs(signs), axes=2)
-  purity = 0.5 * (1 + keep_share * balance / jnp.maximum(num_signs, 1))
+  norms = tree.safe_sqrt(sums.squares)
+  purity = 0.5 * (1 + keep_share * sums.signs / jnp.maximum(sums.num_signs, 1))
 
   def shares_of_layer(norms, purity):
     resolution = _RESOLUTION * _scale.median(norms, finite)

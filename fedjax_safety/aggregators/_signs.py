@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_safety import _validate, tree, types
+from fedjax_safety import _tiles, _validate, tree, types
 from fedjax_safety.aggregators import (
   _base,
   _clusters,
@@ -102,12 +102,16 @@ def _sign_shares(
   whole = sum(leaf[0].size for leaf in leaves)
   length = max(int(fraction * whole), 1)
   start = jax.random.randint(key, (), 0, whole - length + 1)
+
+  def signs(place, leaf):
+    inside = (place >= start) & (place < start + length)
+    return [inside & (leaf > 0), inside & (leaf == 0), inside & (leaf < 0)]
+
   counts, offset = [], 0
   for leaf in leaves:
     place = offset + jnp.arange(leaf[0].size).reshape(leaf.shape[1:])
-    inside = (place >= start) & (place < start + length)
-    signs = [inside & (leaf > 0), inside & (leaf == 0), inside & (leaf < 0)]
-    counts.append(jnp.stack([_top.row_sum(x, jnp.int32) for x in signs], 1))
+    found = _tiles.row_sums(signs, place, leaf, num_column_axes=leaf.ndim - 1)
+    counts.append(jnp.stack(found, 1))
     offset += leaf[0].size
   return tree.total(counts).astype(jnp.float32) / length
 
@@ -228,17 +232,20 @@ def _majority_shares(
   cutoff = _top.cutoffs(leaves, count)
 
   def agreement(leaf):
-    signs = [
-      jnp.where(finite[c], jnp.sign(row), 0.0)
-      for c, row in enumerate(tree.rows(leaf))
-    ]
-    agreeing = jnp.sign(leaf.astype(jnp.float32)) == jnp.sign(tree.total(signs))
+    """Marks coordinates; on a CPU, of some columns of a leaf."""
+    signs = jnp.sign(leaf.astype(jnp.float32))
+    counted = jnp.where(_top.spread(finite, leaf), signs, 0.0)
+    # Summed as an axis: in terms, the majority would be found for each row.
+    agreeing = signs == jnp.sign(jnp.sum(counted, axis=0))
     size, bound = _top.magnitudes(leaf), _top.spread(cutoff, leaf)
     groups = (size > bound, (size > bound) & agreeing)
     groups += (size == bound, (size == bound) & agreeing)
-    return _Agreement(*(_top.row_sum(group, jnp.int32) for group in groups))
+    return _Agreement(*groups)
 
-  parts = [agreement(leaf) for leaf in leaves]
+  parts = [
+    _tiles.row_sums(agreement, leaf, num_column_axes=leaf.ndim - 1)
+    for leaf in leaves
+  ]
   whole = jax.tree.map(lambda *counts: tree.total(counts), *parts)
   # Tied coordinates share the places that are left.
   part = (count - whole.beyond) / jnp.maximum(whole.tied, 1)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjax_safety import tree
+from fedjax_safety import _tiles, tree
 
 
 def magnitudes(leaf: jax.Array) -> jax.Array:
@@ -31,7 +31,11 @@ def cutoffs(leaves: list[jax.Array], count: int) -> jax.Array:
   def num_at_least(bound):
     return tree.total(
       [
-        row_sum(magnitudes(leaf) >= spread(bound, leaf), jnp.int32)
+        _tiles.row_sums(
+          lambda x: magnitudes(x) >= spread(bound, x),
+          leaf,
+          num_column_axes=leaf.ndim - 1,
+        )
         for leaf in leaves
       ]
     )

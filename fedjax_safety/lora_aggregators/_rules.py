@@ -252,7 +252,7 @@ def _stack(adapter, deltas, coefficients, *, keep: float) -> types.Adapter:
 def _combine_rows(step, matrix, rows: jax.Array) -> jax.Array:
   """Applies the matrix, if any, and a coordinate-wise rule to [C, ...]."""
   if matrix is not None:
-    rows = tree.mix_rows(matrix, rows)
+    rows = tree.mix_rows(matrix, rows, fused=True)
   return _chain.combine_leaf(step, rows)
 
 

@@ -1,0 +1,47 @@
+"""What rules hold in memory at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fedjax_safety import aggregators
+
+# Tiles of columns and a rest.
+ROWS = jax.ShapeDtypeStruct((10, 200_000), jnp.float32)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _full_compiles(_quick_compiles):
+  """Compiles with all optimizations, as users do."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
+@functools.cache
+def _compiled(rule):
+  return jax.jit(rule).lower(ROWS).compile()
+
+
+# Those that make rows, or look at values in several ways. Neighbors of all
+# rows would be nine copies of them, signs and ranks of all values four.
+@pytest.mark.parametrize(
+  ('name', 'kwargs'),
+  [
+    ('alignins', {}),
+    ('lasa', {}),
+    ('nearest_neighbor_mixing', {'num_byzantine': 2}),
+    ('residual_reweighting', {}),
+    ('signguard', {'key': KEY}),
+  ],
+)
+def test_one_copy_of_the_rows_is_the_most_that_a_rule_holds(name, kwargs):
+  rule = functools.partial(getattr(aggregators, name), **kwargs)
+  needed = _compiled(rule).memory_analysis()
+  held = needed.temp_size_in_bytes + needed.output_size_in_bytes
+  # What is returned is part of it. A row and a few tiles come on top.
+  row = 4 * ROWS.shape[1]
+  assert held <= 4 * ROWS.size + 2 * row
