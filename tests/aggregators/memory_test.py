@@ -1,4 +1,4 @@
-"""What rules hold in memory at once."""
+"""What rules hold in memory at once, and how often they go through it."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from fedjax_safety import aggregators
+from fedjax_safety.plan import traffic
 
 # Tiles of columns and a rest.
 ROWS = jax.ShapeDtypeStruct((10, 200_000), jnp.float32)
@@ -24,6 +25,10 @@ def _full_compiles(_quick_compiles):
 @functools.cache
 def _compiled(rule):
   return jax.jit(rule).lower(ROWS).compile()
+
+
+def _krum(rows):
+  return aggregators.krum(rows, num_byzantine=2)
 
 
 # Those that make rows, or look at values in several ways. Neighbors of all
@@ -45,3 +50,22 @@ def test_one_copy_of_the_rows_is_the_most_that_a_rule_holds(name, kwargs):
   # What is returned is part of it. A row and a few tiles come on top.
   row = 4 * ROWS.shape[1]
   assert held <= 4 * ROWS.size + 2 * row
+
+
+def test_steps_before_a_rule_do_not_touch_the_rows():
+  chain = aggregators.chain(
+    aggregators.adaptive_clipping(num_byzantine=2),
+    aggregators.nearest_neighbor_mixing(num_byzantine=2),
+    aggregators.krum(num_byzantine=2),
+  )
+  alone = traffic.read(_compiled(_krum).as_text()).memory
+  # One row more, read or written, would be 4 * 200,000 bytes: 2 percent.
+  assert traffic.read(_compiled(chain).as_text()).memory < alone + ROWS.size
+
+
+def test_a_rule_that_reads_the_rows_once_more_is_told():
+  def twice(rows):
+    return _krum(rows) + jnp.sort(rows, axis=0)[3]
+
+  alone = traffic.read(_compiled(_krum).as_text()).memory
+  assert traffic.read(_compiled(twice).as_text()).memory > alone + 4 * ROWS.size
