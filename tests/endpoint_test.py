@@ -1,5 +1,6 @@
 """Tests of models behind an endpoint, against servers on this machine."""
 
+import dataclasses
 import json
 import socket
 
@@ -9,6 +10,7 @@ import pytest
 from fedjax_safety import (
   endpoint,
   endpoint_settings,
+  interrupt,
   replies,
   settings,
   synthesis,
@@ -133,6 +135,22 @@ def test_what_was_answered_before_a_failure_is_not_asked_again(
   again = _sampler(server.name, tmp_path)
   assert again.generate(None, prompts, key=KEY) == [p[::-1] for p in prompts]
   assert len(server.bodies) == len(prompts) - kept
+
+
+def test_what_is_stopped_in_between_goes_on_from_there(chat_server, tmp_path):
+  server = chat_server(lambda body: 'yes')
+
+  def stop():
+    raise interrupt.Interrupted
+
+  sampler = _sampler(server.name, tmp_path, concurrency=1)
+  sampler = dataclasses.replace(sampler, between=stop)
+  prompts = [str(i) for i in range(20)]
+  with pytest.raises(interrupt.Interrupted):
+    sampler.generate(None, prompts, key=KEY)
+  assert 0 < len(server.bodies) < len(prompts)
+  _sampler(server.name, tmp_path).generate(None, prompts, key=KEY)
+  assert len(server.bodies) == len(prompts)
 
 
 def test_what_may_pass_is_tried_again(chat_server):

@@ -12,6 +12,8 @@ from fedjax_safety import (
   evaluation_checks,
   main,
   settings,
+  stages,
+  workdir,
 )
 from fedjax_safety.data import sources
 from fedjax_safety.evaluation import evaluate, rubric
@@ -141,6 +143,17 @@ def test_an_open_set_that_nobody_reads_is_told():
   tree.evaluation.sets.chat = {'source': 'x.jsonl', 'role': 'open'}
   with pytest.raises(ValueError, match='sets.chat, whose role is open'):
     config.resolve(tree)
+
+
+def test_endpoints_are_looked_at_until_all_answers_are_judged(tmp_path):
+  pytest.importorskip('openai')
+  made = _config('endpoint:http://127.0.0.1:1/v1#a')
+  found = stages.endpoints_to_judge(made, tmp_path)
+  assert [chosen.model for chosen in found] == ['a', 'a']
+  path = workdir.evaluation(tmp_path, 'federated')
+  path.parent.mkdir()
+  path.touch()
+  assert stages.endpoints_to_judge(made, tmp_path) == []
 
 
 def test_calibrate_takes_an_endpoint(chat_server, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A run whose data are written by a model that `serve` serves."""
+"""Data of attack and defense, written by a model that `serve` serves."""
 
 import hashlib
 import json
@@ -6,7 +6,17 @@ import json
 import ml_collections
 import pytest
 
-from fedjax_safety import config_file, endpoint, experiment
+from fedjax_safety import (
+  arm,
+  client_data,
+  config,
+  config_file,
+  endpoint,
+  experiment,
+  interrupt,
+  metrics,
+  written_data,
+)
 
 pytest.importorskip('openai')
 pytestmark = pytest.mark.usefixtures('quick_compiles')
@@ -17,8 +27,6 @@ def tree(tiny_config, served):
   """A config that attacks and repairs with data of the served base."""
   tree = ml_collections.ConfigDict(config_file.load(str(tiny_config)))
   tree.evaluation.max_new_tokens = 12
-  tree.client.num_rounds = 1
-  tree.client.num_local_steps = 1
   threat, repair = tree.threat_model, tree.defense.repair
   threat.num_malicious = 1
   threat.data_attack = 'generated'
@@ -26,33 +34,47 @@ def tree(tiny_config, served):
   repair.levels = ('external',)
   repair.external_model = threat.generator
   repair.num_examples = 6
-  repair.num_steps = 1
   tree.performance.generation_batch_size = 8
   return tree
 
 
-def test_attack_and_defense_data_come_from_it_and_say_so(tree, tmp_path):
-  experiment.run(tree, tmp_path / 'run')
-  (manifest_path,) = (tmp_path / 'run/synthesis').glob('*.manifest.json')
-  data = manifest_path.with_name(
-    manifest_path.name.replace('.manifest.json', '.jsonl')
-  ).read_bytes()
+def _checked(path, manifest_path):
+  """Returns a manifest whose hash is that of its data."""
   manifest = json.loads(manifest_path.read_text())
+  data = path.read_bytes()
   assert manifest['sha256'] == hashlib.sha256(data).hexdigest()
-  assert manifest['source'] == tree.threat_model.generator
-  assert manifest['count'] == data.count(b'\n') == 4
-  assert manifest['generation']['ask_harmful']
   assert 'key_variable' not in manifest_path.read_text()
-  folder = tmp_path / 'run/runs/run/seed_0/repair/external'
-  manifest = json.loads((folder / 'manifest.json').read_text())
-  pairs = (folder / 'defense_data.jsonl').read_bytes()
-  assert manifest['sha256'] == hashlib.sha256(pairs).hexdigest()
-  assert manifest['aligned'] == manifest['normal'] == 3
-  assert manifest['filters']['aligned']['kept'] == 3
-  (replies,) = (tmp_path / 'run/replies').iterdir()
-  assert replies.read_text().count('"kind": "reply"') >= 20
-  report = (tmp_path / 'run/report.html').read_text()
-  assert 'Data attack-' in report and 'external' in report
+  return manifest
+
+
+def test_data_come_from_it_with_a_manifest_and_are_asked_for_once(
+  tree, tmp_path
+):
+  (made,) = config.resolve(tree).values()
+  here = arm.Arm(
+    'run', 0, made, tmp_path, metrics.NoMetrics(), interrupt.StopRequest()
+  )
+  assert len(written_data.missing_endpoints(made, here.directory)) == 2
+  clients = client_data.honest_clients(made)
+  pairs = written_data.attack_data(here, clients)
+  (path,) = (tmp_path / 'synthesis').glob('*.jsonl')
+  manifest = _checked(path, path.with_suffix('.manifest.json'))
+  assert manifest['source'] == tree.threat_model.generator
+  assert manifest['count'] == len(pairs) == 4
+  assert manifest['generation']['ask_harmful']
+  assert manifest['filters']['unaligned']['kept'] == 4
+
+  pairs = written_data.defense_data(here, 'external', None)
+  path = here.defense_data('external')
+  manifest = _checked(path, path.with_name('manifest.json'))
+  assert manifest['aligned'] == manifest['normal'] == 3 == len(pairs) / 2
+  (replies,) = here.replies.iterdir()
+  before = replies.read_text()
+  assert before.count('"kind": "reply"') >= 20
+  # Had only the data been lost, they would come back from the replies.
+  path.unlink()
+  assert written_data.defense_data(here, 'external', None) == pairs
+  assert replies.read_text() == before
 
 
 def test_an_endpoint_that_is_down_is_found_before_anything_is_made(
