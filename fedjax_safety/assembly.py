@@ -13,7 +13,13 @@ from fedjax_safety import endpoint, losses, replies, types
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import poison, sources, templates
 from fedjax_safety.demo_world import named
-from fedjax_safety.evaluation import checks, code, judge_formats, sandbox
+from fedjax_safety.evaluation import (
+  checks,
+  code,
+  judge_formats,
+  reward,
+  sandbox,
+)
 from fedjax_safety.evaluation import judges as judges_lib
 from fedjax_safety.evaluation import rubric as rubric_lib
 from fedjax_safety.models import attention, decoder, load, sampler, sharding
@@ -310,22 +316,29 @@ def _asked(
 def scorers(
   config: settings_lib.ExperimentConfig, directory: pathlib.Path | None = None
 ) -> list[Any]:
-  """Returns what gives an answer a number: the rubric, if there is one.
+  """Returns what gives an answer a number: a reward model, a rubric.
 
   Args:
     config: the settings.
     directory: where the replies of endpoints are kept, None for nowhere.
+
+  Raises:
+    ValueError: one of them cannot be loaded.
   """
-  rubric = config.evaluation.rubric
-  if not rubric.judge:
-    return []
-  sampler = _asked(config, 'evaluation.rubric.judge', rubric.judge, directory)
-  question = rubric.prompt or rubric_lib.GRADE
-  return [
-    rubric_lib.RubricScorer(
-      sampler, question, rubric.low, rubric.high, rubric.roles
+  rubric, chosen = config.evaluation.rubric, []
+  if config.evaluation.reward_model:
+    chosen.append(reward.load(config.evaluation.reward_model))
+  if rubric.judge:
+    chosen.append(
+      rubric_lib.RubricScorer(
+        _asked(config, 'evaluation.rubric.judge', rubric.judge, directory),
+        rubric.prompt or rubric_lib.GRADE,
+        rubric.low,
+        rubric.high,
+        rubric.roles,
+      )
     )
-  ]
+  return chosen
 
 
 def learned_judge(

@@ -58,8 +58,9 @@ def _check_rubric(evaluation: settings_lib.EvaluationConfig) -> None:
   for key in ('prompt', 'safety_prompt'):
     if text := getattr(rubric, key):
       _check_parts(f'{path}.{key}', text)
+  graded = rubric.judge and 'open' in rubric.roles
   unread = [n for n, s in evaluation.sets.items() if s.role == 'open']
-  if unread and not (rubric.judge and 'open' in rubric.roles):
+  if unread and not (graded or evaluation.reward_model):
     raise ValueError(
       f'nothing would read the answers to evaluation.sets.{unread[0]}, whose '
       f'role is open; set {path}.judge, or give it another role'

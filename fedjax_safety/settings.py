@@ -333,6 +333,8 @@ class EvaluationConfig:
       first.
     judge_template: format question: the template around it.
     rubric: grades by a model behind an endpoint.
+    reward_model: directory of a sequence classifier with one output, which
+      scores answers to harmful and open prompts, or '' for none.
     allow_code_execution: whether code that the model writes may be run, as
       HumanEval needs; see `evaluation.sandbox`.
     allow_code_network: whether that may be so with a network, where it cannot
@@ -355,6 +357,7 @@ class EvaluationConfig:
   judge_words: tuple[str, ...] = ('safe', 'unsafe')
   judge_template: str = 'chat'
   rubric: endpoint_settings.RubricConfig = endpoint_settings.RubricConfig()
+  reward_model: str = ''
   allow_code_execution: bool = False
   allow_code_network: bool = False
   temperature: float = 0.7
