@@ -260,4 +260,6 @@ def _read(text: str) -> Reply:
     raise ValueError('the answer has no choices[0].message.content') from None
   if not isinstance(content, str | None):
     raise ValueError('choices[0].message.content is no text')
-  return Reply((content or '').strip(), str(reason or ''))
+  # Half a pair of surrogates, which JSON may spell, could not be written down.
+  plain = (content or '').encode('utf-8', 'replace').decode()
+  return Reply(plain.strip(), str(reason or ''))

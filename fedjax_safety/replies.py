@@ -137,8 +137,8 @@ class EndpointSampler:
     if texts and not any(texts):
       raise endpoint.EndpointError(
         f'{self.endpoint.url} answered all of {len(texts)} questions with '
-        f'empty text; check the model {self.endpoint.model!r}, or raise '
-        f'evaluation.max_new_tokens={self.max_new_tokens} if it thinks first'
+        f'empty text; check the model {self.endpoint.model!r}, or raise its '
+        f'max_new_tokens={self.max_new_tokens} if it thinks first'
       )
     return texts
 
@@ -170,12 +170,16 @@ class EndpointSampler:
       ) as pool,
     ):
       futures = {pool.submit(ask, question): question for question in questions}
-      for future in concurrent.futures.as_completed(futures):
-        if future.exception() is not None:
-          failed.set()
-          failure = failure or future.exception()
-        elif (reply := future.result()) is not None:
-          self._keep(log, futures[future], reply)
+      try:
+        for future in concurrent.futures.as_completed(futures):
+          if future.exception() is not None:
+            failed.set()
+            failure = failure or future.exception()
+          elif (reply := future.result()) is not None:
+            self._keep(log, futures[future], reply)
+      finally:
+        # Whatever ended the loop, what is still waiting is not asked.
+        failed.set()
     if isinstance(failure, endpoint.EndpointError) and self.path:
       raise endpoint.EndpointError(
         f'{failure}; its {len(self._known)} replies so far are kept, and the '
@@ -190,14 +194,15 @@ class EndpointSampler:
     question: _Question,
     reply: endpoint.Reply,
   ) -> None:
-    """Writes one reply down."""
-    log.write(
-      {
-        'kind': 'reply',
-        'id': question.id,
-        'model': self.endpoint.model,
-        'body': question.body,
-        **dataclasses.asdict(reply),
-      }
-    )
+    """Writes one reply down, unless it is empty: another try may do better."""
+    if reply.text:
+      log.write(
+        {
+          'kind': 'reply',
+          'id': question.id,
+          'model': self.endpoint.model,
+          'body': question.body,
+          **dataclasses.asdict(reply),
+        }
+      )
     self._known[question.id] = reply

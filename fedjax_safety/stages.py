@@ -19,7 +19,6 @@ from fedjax_safety import (
   distributed,
   endpoint,
   federation,
-  replies,
   types,
   workdir,
   written_data,
@@ -213,12 +212,15 @@ def endpoints_to_judge(
   stages = ('federated', *(f'repair_{x}' for x in config.defense.repair.levels))
   if all(workdir.evaluation(directory, stage).exists() for stage in stages):
     return []
-  asked = [*assembly.judges(config), *assembly.scorers(config)]
-  samplers = (getattr(judge, 'sampler', None) for judge in asked)
+  rubric = config.evaluation.rubric
+  named = {
+    'evaluation.judge': config.evaluation.judge,
+    'evaluation.rubric.judge': rubric.judge,
+  }
   return [
-    sampler.endpoint
-    for sampler in samplers
-    if isinstance(sampler, replies.EndpointSampler)
+    endpoint.Endpoint(name, setting, rubric.endpoint)
+    for setting, name in named.items()
+    if endpoint.is_endpoint(name)
   ]
 
 

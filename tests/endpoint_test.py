@@ -153,6 +153,18 @@ def test_what_is_stopped_in_between_goes_on_from_there(chat_server, tmp_path):
   assert len(server.bodies) == len(prompts)
 
 
+def test_what_is_empty_is_asked_again_and_odd_text_can_be_written(
+  chat_server, tmp_path
+):
+  odd = b'{"choices": [{"message": {"content": "a \\ud800 b"}}]}'
+  server = chat_server(lambda body: '' if _prompt(body) == 'a' else odd)
+  for _ in range(2):
+    found = _sampler(server.name, tmp_path).generate(None, ['a', 'b'], key=KEY)
+    assert found == ['', 'a ? b']
+  assert [_prompt(body) for body in server.bodies].count('a') == 2
+  assert len(server.bodies) == 3
+
+
 def test_what_may_pass_is_tried_again(chat_server):
   answers = iter([503, b'<html>', 'there'])
   server = chat_server(lambda body: next(answers))
