@@ -10,6 +10,7 @@ from fedjax_safety import (
   evaluation_checks,
   lora_aggregators,
   privacy,
+  probe,
   server_update,
   written_filters,
 )
@@ -106,15 +107,14 @@ def _check_client(config: settings_lib.ExperimentConfig) -> None:
 def _check_rule(config: settings_lib.ExperimentConfig) -> None:
   """Raises unless a round gives the rule all that it works on."""
   name, client = config.defense.aggregator, config.client
-  given = {'key', 'weights', 'adapter'}
-  held = aggregators.inputs(name) & {'probe', 'loss_fn'}
-  if held and not config.defense.probe.source:
-    raise ValueError(
-      f'defense.aggregator={name!r} tests deltas on pairs that the server '
-      f'holds; give harmful requests with safe answers with '
-      f'--config.defense.probe.source=...'
-    )
-  missing = aggregators.inputs(name) - given - held
+  for kind in probe.sources_needed(config):
+    if not getattr(config.defense.probe, kind):
+      raise ValueError(
+        f'defense.aggregator={name!r} judges deltas by pairs that the server '
+        f'holds; give them with --config.defense.probe.{kind}=...'
+      )
+  given = {'key', 'weights', 'adapter'} | probe.INPUTS
+  missing = aggregators.inputs(name) - given
   if missing:
     raise ValueError(
       f'defense.aggregator={name!r} needs {", ".join(sorted(missing))} from '
@@ -268,9 +268,9 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   _validate.in_range(
     0, 1, **{'defense.repair.aligned_share': repair.aligned_share}
   )
-  _validate.positive(
-    **{'defense.probe.num_pairs': config.defense.probe.num_pairs}
-  )
+  for name in ('num_pairs', 'num_training_pairs', 'num_references'):
+    value = getattr(config.defense.probe, name)
+    _validate.positive(**{f'defense.probe.{name}': value})
   _validate.non_negative(
     **{'defense.probe.num_tokens': config.defense.probe.num_tokens}
   )

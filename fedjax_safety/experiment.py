@@ -123,7 +123,7 @@ def _inputs(config: settings_lib.ExperimentConfig) -> str:
   tree = config_lib.as_dict(config)
   tree['label'] = tree['defense']['aggregator'] = ''
   tree['defense']['aggregator_kwargs'] = {}
-  tree['holds_pairs'] = probe.is_used(config)
+  tree['holds'] = probe.sources_needed(config)
   return config_lib.digest(tree)
 
 
@@ -149,8 +149,7 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> None:
     stages.given_adapter(config)
   else:
     _check_clients(config)
-    if probe.is_used(config):
-      probe.batches(config, assembly.tuned_model(config))
+    probe.held(config, assembly.tuned_model(config))
   repair = config.defense.repair
   if 'public' in repair.levels:
     for source in (repair.public_aligned, repair.public_normal):

@@ -105,7 +105,7 @@ def start(
   shardings = mesh and sharding.like_adapter(state, state.adapter, mesh)
   if mesh is not None:
     state = distributed.place(state, shardings)
-  held = probe.batches(config, language_model) if probe.is_used(config) else ()
+  held = probe.held(config, language_model)
   round_fn = make_round(config, language_model, parts, mesh, shardings, held)
   return round_fn, state
 
@@ -116,10 +116,14 @@ def make_round(
   parts: Parts,
   mesh: jax.sharding.Mesh | None,
   state_shardings: round_lib.RoundState | None,
-  held: probe.Batches | tuple[()] = (),
+  held: probe.Held = probe.Held(),
 ) -> Callable:
   """Returns the jitted round; of the model only its config is looked at."""
-  client = config.client
+  client, tests, references = config.client, None, None
+  if held.tested is not None:
+    tests = probe.make(config, language_model, held.tested, mesh)
+  if held.trained is not None:
+    references = probe.make_references(config, held.trained)
   return round_lib.make_round(
     local_update=functools.partial(
       client_update.local_update,
@@ -137,7 +141,8 @@ def make_round(
     algorithm=parts.algorithm,
     attack=parts.attack,
     trainable=parts.scheme.trainable,
-    probe=probe.make(config, language_model, held, mesh) if held else None,
+    probe=tests,
+    references=references,
     clients_per_chunk=config.performance.clients_per_chunk or None,
     mesh=mesh,
     state_shardings=state_shardings,

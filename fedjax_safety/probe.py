@@ -8,6 +8,7 @@ asks for `loss_fn` (Zeno) sees the same of deltas.
 import dataclasses
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,12 @@ from fedjax_safety import aggregators, assembly, synthesis, types
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources
 
-# Inputs of a rule for which a server needs pairs of its own.
-INPUTS = frozenset({'probe', 'loss_fn'})
+# Inputs of a rule for which a server needs pairs of its own: to test deltas
+# on, and to make deltas of.
+_TESTED, _TRAINED = frozenset({'probe', 'loss_fn'}), frozenset({'references'})
+INPUTS = _TESTED | _TRAINED
+# Sources of the references; the last one gives the unsafe ones.
+_KINDS = ('source', 'normal', 'unaligned')
 # Keeps the draw apart from those of clients and repair.
 _SEED = 2_000_003
 
@@ -26,48 +31,119 @@ _SEED = 2_000_003
 Batches = tuple[np.ndarray, np.ndarray]
 
 
+class Held(NamedTuple):
+  """What the server holds, as arrays; None where its rule has no use for it.
+
+  Attributes:
+    tested: pairs to test deltas on.
+    trained: pairs to make deltas of, [kind, pair, L].
+  """
+
+  tested: Batches | None = None
+  trained: Batches | None = None
+
+
 def is_used(config: settings_lib.ExperimentConfig) -> bool:
   """Whether an arm's rule looks at pairs that the server holds."""
   return bool(INPUTS & aggregators.inputs(config.defense.aggregator))
 
 
+def sources_needed(config: settings_lib.ExperimentConfig) -> tuple[str, ...]:
+  """Returns the settings of `defense.probe` that must name a source."""
+  asked = aggregators.inputs(config.defense.aggregator)
+  if asked & _TRAINED:
+    return _KINDS
+  return _KINDS[:1] if asked & _TESTED else ()
+
+
 def held_pairs(
   config: settings_lib.ExperimentConfig,
 ) -> list[sources.Example]:
-  """Draws the server's pairs, none of them asked in an evaluation.
+  """Returns all pairs that the server holds, none asked in an evaluation.
 
   Raises:
-    ValueError: the source cannot be read, or too few pairs are left.
+    ValueError: a source cannot be read, or has too few pairs.
   """
-  chosen = config.defense.probe
+  chosen, pairs = config.defense.probe, []
+  asked = aggregators.inputs(config.defense.aggregator)
+  if asked & _TESTED:
+    pairs += _drawn(config, 'source', chosen.num_pairs, 'num_pairs')
+  if asked & _TRAINED:
+    for kind in _KINDS:
+      pairs += _training_pairs(config, kind)
+  return pairs
+
+
+def _training_pairs(config, kind: str) -> list[sources.Example]:
+  """Returns the pairs of one kind of references."""
+  count = config.defense.probe.num_training_pairs
+  return _drawn(config, kind, count, 'num_training_pairs')
+
+
+def _drawn(config, kind: str, count: int, name: str) -> list[sources.Example]:
+  """Draws pairs of a source, none of them asked in an evaluation."""
+  source = getattr(config.defense.probe, kind)
   measured = {
     synthesis.normal_form(example.prompt)
     for _, prompts in assembly.evaluation_sets(config.evaluation).values()
     for example in prompts
   }
-  pairs = assembly.examples(
-    chosen.source, count=2 * chosen.num_pairs, seed=config.seed + _SEED
-  )
+  pairs = assembly.examples(source, count=2 * count, seed=config.seed + _SEED)
   left = [e for e in pairs if synthesis.normal_form(e.prompt) not in measured]
-  if len(left) < chosen.num_pairs:
+  if len(left) < count:
     raise ValueError(
-      f'defense.probe.num_pairs={chosen.num_pairs}, but {chosen.source} has '
-      f'{len(left)} pairs that no evaluation set asks; lower it or give more'
+      f'defense.probe.{name}={count}, but {source} has {len(left)} pairs that '
+      f'no evaluation set asks; lower it or give more'
     )
-  return random.Random(config.seed + _SEED).sample(left, chosen.num_pairs)
+  return random.Random(config.seed + _SEED).sample(left, count)
+
+
+def held(
+  config: settings_lib.ExperimentConfig,
+  language_model: assembly.LanguageModel,
+) -> Held:
+  """Returns what the server holds for an arm's rule.
+
+  Raises:
+    ValueError: a source cannot be read, or has too few pairs or answers.
+  """
+  asked = aggregators.inputs(config.defense.aggregator)
+  return Held(
+    batches(config, language_model) if asked & _TESTED else None,
+    _training(config, language_model) if asked & _TRAINED else None,
+  )
+
+
+def _training(config, language_model) -> Batches:
+  """Returns the tokens and masks of the references, [kind, pair, L]."""
+  parts = []
+  for kind in _KINDS:
+    pairs = _training_pairs(config, kind)
+    encoded = assembly.encode(pairs, language_model, config)
+    _check_answers(config, kind, encoded.loss_mask)
+    pad = [(0, 0), (0, config.model.max_length - encoded.tokens.shape[1])]
+    parts.append((np.pad(encoded.tokens, pad), np.pad(encoded.loss_mask, pad)))
+  return tuple(np.stack(each) for each in zip(*parts, strict=True))
+
+
+def _check_answers(config, kind: str, mask: np.ndarray) -> None:
+  """Raises unless some answer can be trained on."""
+  if not mask.any():
+    raise ValueError(
+      f'defense.probe.{kind}={getattr(config.defense.probe, kind)}: no answer '
+      f'is left within model.max_length={config.model.max_length}'
+    )
 
 
 def batches(
   config: settings_lib.ExperimentConfig,
   language_model: assembly.LanguageModel,
 ) -> Batches:
-  """Returns the held pairs as tokens and masks, a few rows at a time."""
-  encoded = assembly.encode(held_pairs(config), language_model, config)
-  if not encoded.loss_mask.any():
-    raise ValueError(
-      f'defense.probe.source={config.defense.probe.source}: no answer is left '
-      f'within model.max_length={config.model.max_length}'
-    )
+  """Returns the pairs to test on as tokens and masks, a few at a time."""
+  count = config.defense.probe.num_pairs
+  pairs = _drawn(config, 'source', count, 'num_pairs')
+  encoded = assembly.encode(pairs, language_model, config)
+  _check_answers(config, 'source', encoded.loss_mask)
   shape = _shape(config)
   padded = np.zeros((shape[0] * shape[1], shape[2]), np.int32)
   mask = np.zeros(padded.shape, bool)
@@ -79,10 +155,18 @@ def batches(
   return padded.reshape(shape), mask.reshape(shape)
 
 
-def blank(config: settings_lib.ExperimentConfig) -> Batches:
-  """Returns batches of the same shapes without any pair in them."""
-  shape = _shape(config)
-  return np.zeros(shape, np.int32), np.zeros(shape, bool)
+def blank(config: settings_lib.ExperimentConfig) -> Held:
+  """Returns arrays of the same shapes as `held` without any pair in them."""
+  asked = aggregators.inputs(config.defense.aggregator)
+  count, length = config.defense.probe.num_training_pairs, config.model
+
+  def zeros(*shape):
+    return np.zeros(shape, np.int32), np.zeros(shape, bool)
+
+  return Held(
+    zeros(*_shape(config)) if asked & _TESTED else None,
+    zeros(len(_KINDS), count, length.max_length) if asked & _TRAINED else None,
+  )
 
 
 def _shape(config: settings_lib.ExperimentConfig) -> tuple[int, int, int]:
@@ -102,10 +186,31 @@ def _shape(config: settings_lib.ExperimentConfig) -> tuple[int, int, int]:
   )
 
 
+def make_references(
+  config: settings_lib.ExperimentConfig, trained: Batches
+) -> Callable[[types.PRNGKey], tuple[jax.Array, jax.Array, jax.Array]]:
+  """Returns `(key) -> (tokens, mask, is_unsafe)` of the server's own clients.
+
+  Tokens and masks are [M, S, B, L] as those of a cohort; of the M rows a third
+  each hold aligned, normal and unaligned pairs, drawn anew by each key.
+  """
+  client, count = config.client, config.defense.probe.num_references
+  kinds = np.repeat(np.arange(len(_KINDS)), count)
+  shape = (kinds.size, client.num_local_steps, client.batch_size)
+
+  def references(key):
+    tokens, mask = jax.tree.map(jnp.asarray, trained)
+    rows = jax.random.randint(key, shape, 0, tokens.shape[1])
+    at = kinds[:, None, None]
+    return tokens[at, rows], mask[at, rows], kinds == len(_KINDS) - 1
+
+  return references
+
+
 def make(
   config: settings_lib.ExperimentConfig,
   language_model: assembly.LanguageModel,
-  held: Batches,
+  tested: Batches,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[types.BaseParams, types.Adapter], jax.Array]:
   """Returns `(base_params, adapter) -> loss` on the held pairs.
@@ -117,7 +222,7 @@ def make(
   Args:
     config: the arm's settings.
     language_model: the model that is tuned.
-    held: of `batches`.
+    tested: of `batches`.
     mesh: devices over which the model is split.
   """
   still = dataclasses.replace(
@@ -134,7 +239,7 @@ def make(
       loss = loss_fn(base_params, adapter, tokens, mask, None)
       return loss * count, count
 
-    sums, counts = jax.lax.map(summed, jax.tree.map(jnp.asarray, held))
+    sums, counts = jax.lax.map(summed, jax.tree.map(jnp.asarray, tested))
     return jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1)
 
   return probe

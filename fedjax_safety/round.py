@@ -171,6 +171,7 @@ def make_round(
   attack: Callable | None = None,
   trainable: Callable | None = None,
   probe: Callable | None = None,
+  references: Callable | None = None,
   clients_per_chunk: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   state_shardings: RoundState | None = None,
@@ -198,6 +199,9 @@ def make_round(
     probe: `(base_params, adapter) -> loss` on pairs that the server holds.
       The rule gets it as `probe(adapter)`, and as `loss_fn(delta)` of a delta
       to the server's adapter.
+    references: `(key) -> (tokens, loss_mask, is_unsafe)`, data of M clients
+      that the server plays itself. A rule that asks for `references()` gets
+      their (deltas, is_unsafe).
     clients_per_chunk: clients trained at once, to bound memory; None trains
       all, or on one CPU as many as its caches hold. On a mesh it divides the
       cohort and is a multiple of the axis `clients`.
@@ -230,6 +234,17 @@ def make_round(
       train, cohort.tokens, cohort.loss_mask, own, clients_per_chunk, sharded
     )
 
+    def played():
+      tokens, mask, is_unsafe = references(jax.random.fold_in(rule_key, 1))
+      keys = jax.random.split(jax.random.fold_in(rule_key, 2), len(is_unsafe))
+      made = jax.lax.map(
+        lambda row: local_update(
+          base_params, sent, *row, learning_rate, **masks
+        ),
+        (tokens, mask, keys),
+      )
+      return made.delta, is_unsafe
+
     def aggregate(deltas):
       if masks:
         deltas = tree.keep_leaves(masks['trainable'], deltas)
@@ -239,7 +254,10 @@ def make_round(
         weights=cohort.weight,
         key=rule_key,
         **_accepted(
-          aggregator.update, adapter=sent, **_held(probe, base_params, sent)
+          aggregator.update,
+          adapter=sent,
+          references=played,
+          **_held(probe, base_params, sent),
         ),
       )
       if masks:

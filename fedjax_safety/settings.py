@@ -259,11 +259,20 @@ class ProbeConfig:
     num_pairs: how many, drawn from those that no evaluation set asks.
     num_tokens: first tokens of an answer that count, by which a model has
       mostly decided whether it refuses; 0 counts the whole answer.
+    normal: normal pairs, and
+    unaligned: harmful requests with direct answers: with `source` they teach
+      the rule update_probe what clients' deltas look like.
+    num_training_pairs: how many of each of the three.
+    num_references: deltas that the server makes of each of them in a round.
   """
 
   source: str = ''
   num_pairs: int = 16
   num_tokens: int = 4
+  normal: str = ''
+  unaligned: str = ''
+  num_training_pairs: int = 200
+  num_references: int = 3
 
 
 @_Group

@@ -23,7 +23,8 @@ def test_rules_that_need_more_than_a_round_has_are_refused():
 
 
 @pytest.mark.parametrize(
-  ('name', 'kwargs'), [('safety_probe', {}), ('zeno', {'num_byzantine': 2})]
+  ('name', 'kwargs'),
+  [('safety_probe', {}), ('update_probe', {}), ('zeno', {'num_byzantine': 2})],
 )
 def test_rules_that_test_deltas_need_pairs_to_test_on(name, kwargs):
   with pytest.raises(ValueError, match=r'defense\.probe\.source=\.\.\.'):

@@ -142,3 +142,38 @@ def test_the_probe_is_the_mean_over_first_tokens(settings):
   picked = np.take_along_axis(log_p, flat[:, 1:, None], axis=2)[..., 0]
   at = mask.reshape(flat.shape)[:, 1:]
   assert float(found) == pytest.approx(-picked[at].mean(), rel=1e-5)
+
+
+@pytest.fixture
+def teaching(made, tiny_data):
+  """The config of a round whose server trains deltas of its own."""
+  made = json.loads(json.dumps(made))
+  made['defense']['aggregator'] = 'update_probe'
+  made['defense']['probe'] |= {
+    'normal': str(tiny_data),
+    'unaligned': str(tiny_data),
+    'num_training_pairs': 6,
+    'num_references': 2,
+  }
+  made['client']['num_rounds'] = 1
+  made['evaluation']['every_rounds'] = 0
+  return made
+
+
+def test_the_server_trains_deltas_of_its_own_pairs(teaching, tmp_path):
+  experiment.run(teaching, tmp_path / 'run')
+  (record,) = _rounds(tmp_path / 'run').values()
+  unsafe = record['defense/probe_unsafe_by_row']
+  assert len(unsafe) == 3 and all(0 < p < 1 for p in unsafe)
+  (settings,) = config.resolve(teaching).values()
+  assert len(probe.held_pairs(settings)) == 18
+
+
+def test_references_are_of_three_kinds(teaching):
+  (settings,) = config.resolve(teaching).values()
+  tokens = np.arange(3)[:, None, None] * np.ones((3, 4, 16), np.int32)
+  make = probe.make_references(settings, (tokens, tokens > 0))
+  drawn, mask, is_unsafe = make(jax.random.key(0))
+  assert drawn.shape == mask.shape == (6, 2, 2, 16)
+  assert drawn[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+  assert np.asarray(is_unsafe).tolist() == [False] * 4 + [True] * 2

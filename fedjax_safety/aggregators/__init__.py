@@ -25,6 +25,7 @@ from fedjax_safety.aggregators import _chain, _rule
 from fedjax_safety.aggregators._base import Aggregator, AggregatorOutput
 from fedjax_safety.aggregators._bulyan import bulyan
 from fedjax_safety.aggregators._chain import chain, coefficients
+from fedjax_safety.aggregators._classifier import update_probe
 from fedjax_safety.aggregators._clustering import clipped_clustering, flame
 from fedjax_safety.aggregators._coordinatewise import (
   meamed,
@@ -114,6 +115,7 @@ __all__ = [
   'static_clipping',
   'steps',
   'trimmed_mean',
+  'update_probe',
   'zeno',
 ]
 

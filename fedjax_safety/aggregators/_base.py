@@ -42,7 +42,8 @@ class Aggregator(NamedTuple):
       `extra` holds what `inputs(name)` lists besides: `root_delta`, the
       server's own delta; `loss_fn`, delta -> loss on the server's data;
       `adapter`, the server's adapter; `probe`, adapter -> loss on the pairs
-      that the server holds. Where a rule asks for them they are parameters of
+      that the server holds; `references`, () -> (deltas, is_unsafe) made of
+      the server's own data. Where a rule asks for them they are parameters of
       `update`.
   """
 

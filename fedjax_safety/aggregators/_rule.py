@@ -185,8 +185,17 @@ def static(rule: Rule, given: dict[str, Any]) -> dict[str, Any]:
 
 # What a body may ask for that belongs to the round and not to the config:
 # a key, the clients' weights, the server's own delta (FLTrust), a function
-# `delta -> loss` on the server's own data (Zeno), the server's adapter, and a
-# function `adapter -> loss` on the server's own data (the safety probe).
+# `delta -> loss` on the server's own data (Zeno), the server's adapter, a
+# function `adapter -> loss` on the server's own data (the safety probe), and
+# one `() -> (deltas, is_unsafe)` that makes deltas of the server's own data.
 RUNTIME = frozenset(
-  {'key', 'weights', 'root_delta', 'loss_fn', 'adapter', 'probe'}
+  {
+    'key',
+    'weights',
+    'root_delta',
+    'loss_fn',
+    'adapter',
+    'probe',
+    'references',
+  }
 )

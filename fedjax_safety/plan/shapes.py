@@ -128,11 +128,6 @@ def _cohort(config, mesh):
   return _laid_out(cohort, round_lib.Cohort(*places))
 
 
-def _held(config):
-  """Returns pairs of the probe's shapes, or none where there is no probe."""
-  return probe.blank(config) if probe.is_used(config) else ()
-
-
 def of_round(
   config: settings_lib.ExperimentConfig,
   model: model_config.DecoderConfig,
@@ -168,7 +163,7 @@ def of_round(
     state = _laid_out(state, layout)
   return RoundShapes(
     federation.make_round(
-      config, language_model, parts, mesh, layout, _held(config)
+      config, language_model, parts, mesh, layout, probe.blank(config)
     ),
     (
       language_model.base_params,

@@ -60,6 +60,13 @@ def _root_probe(deltas) -> dict:
   return {'adapter': _adapter(deltas), 'probe': _root_loss(deltas)['loss_fn']}
 
 
+def _references(deltas) -> dict:
+  """Returns references around the rows' median: one to each side of it."""
+  root = aggregators.median(deltas)
+  made = jax.tree.map(lambda x: jnp.stack([x, -x]), root)
+  return {'references': lambda: (made, jnp.array([False, True]))}
+
+
 CASES = {
   'mean': Case('mean', {}, frozenset({'outliers_bounded'})),
   'median': Case('median', {}, _NO_F),
@@ -101,6 +108,14 @@ CASES = {
   # Rows are weighed by harm, whether there are Byzantine ones or not; which
   # rows are far too long depends on the origin.
   'safety_probe': Case('safety_probe', {}, _NO_F, _root_probe),
+  # Angles change with the origin, and each leaf has its own; one that points
+  # as honest ones do may be of any length.
+  'update_probe': Case(
+    'update_probe',
+    {},
+    _NO_F | {'shift', 'tree_is_vector', 'outliers_bounded'},
+    _references,
+  ),
   # Angles and norms change with the origin; rows are clipped.
   'flame': Case('flame', {'noise_multiplier': 0.0}, _CLIPPED),
   'clipped_clustering': Case('clipped_clustering', {}, _CLIPPED),

@@ -64,6 +64,10 @@ def _runtime(name: str, deltas) -> dict:
     'loss_fn': loss_fn,
     'adapter': zeros,
     'probe': loss_fn,
+    'references': lambda: (
+      jax.tree.map(lambda x: jnp.stack([x, -x]), root),
+      jnp.array([False, True]),
+    ),
   }
   return {k: v for k, v in extra.items() if k in aggregators.inputs(name)}
 
