@@ -268,6 +268,11 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   _validate.in_range(
     0, 1, **{'defense.repair.aligned_share': repair.aligned_share}
   )
+  safe_lora = config.defense.safe_lora
+  _validate.positive(**{'defense.safe_lora.rank': safe_lora.rank})
+  _validate.in_range(
+    0, 1, **{'defense.safe_lora.threshold': safe_lora.threshold}
+  )
   for name in ('num_pairs', 'num_training_pairs', 'num_references'):
     value = getattr(config.defense.probe, name)
     _validate.positive(**{f'defense.probe.{name}': value})

@@ -14,6 +14,7 @@ from fedjax_safety import (
   interrupt,
   probe,
   report,
+  safe_lora,
   stages,
   workdir,
   written_data,
@@ -150,6 +151,7 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> None:
   else:
     _check_clients(config)
     probe.held(config, assembly.tuned_model(config))
+    safe_lora.subspaces(config)
   repair = config.defense.repair
   if 'public' in repair.levels:
     for source in (repair.public_aligned, repair.public_normal):

@@ -31,6 +31,7 @@ from fedjax_safety import (
   lora_aggregators,
   privacy,
   probe,
+  safe_lora,
   server_update,
   types,
 )
@@ -278,6 +279,8 @@ def _rounds(
   key = jax.random.fold_in(jax.random.key(config.seed), 2)
   if done >= config.client.num_rounds:
     yield done - 1, state, {}
+    return
+  project = safe_lora.make(config, mesh)
   for index in range(done, config.client.num_rounds):
     state, metrics = round_fn(
       language_model.base_params,
@@ -286,7 +289,8 @@ def _rounds(
       key,
       jnp.float32(learning_rate(config.client, index)),
     )
-    yield index, state, metrics
+    adapter, projected = project(state.adapter)
+    yield index, state._replace(adapter=adapter), metrics | projected
 
 
 def _no_measure(round_index: int, adapter: types.Adapter) -> dict[str, Any]:

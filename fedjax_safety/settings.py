@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fedjax_safety import defense_settings
 from fedjax_safety import endpoint_settings
 
 # Stands for an adapter that changes nothing.
@@ -250,32 +251,6 @@ class RepairConfig:
 
 
 @_Group
-class ProbeConfig:
-  """Pairs that the server holds, on which it tests the clients' deltas.
-
-  Attributes:
-    source: harmful requests with safe answers, a file or `demo_world:public`;
-      needed by the rules safety_probe and zeno.
-    num_pairs: how many, drawn from those that no evaluation set asks.
-    num_tokens: first tokens of an answer that count, by which a model has
-      mostly decided whether it refuses; 0 counts the whole answer.
-    normal: normal pairs, and
-    unaligned: harmful requests with direct answers: with `source` they teach
-      the rule update_probe what clients' deltas look like.
-    num_training_pairs: how many of each of the three.
-    num_references: deltas that the server makes of each of them in a round.
-  """
-
-  source: str = ''
-  num_pairs: int = 16
-  num_tokens: int = 4
-  normal: str = ''
-  unaligned: str = ''
-  num_training_pairs: int = 200
-  num_references: int = 3
-
-
-@_Group
 class DefenseConfig:
   """What the server does: an aggregation rule, and repair at the end.
 
@@ -289,6 +264,7 @@ class DefenseConfig:
     privacy_delta: delta of the epsilon that the last round's metrics give for
       all rounds, with dp_mean or dp_mean_adaptive; 0 gives none.
     probe: pairs of the server, for rules that ask for them.
+    safe_lora: projection after every round.
     repair: tuning at the end.
   """
 
@@ -296,7 +272,8 @@ class DefenseConfig:
   aggregator_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   lora_aggregation: str = 'factors'
   privacy_delta: float = 0.0
-  probe: ProbeConfig = ProbeConfig()
+  probe: defense_settings.ProbeConfig = defense_settings.ProbeConfig()
+  safe_lora: defense_settings.SafeLoraConfig = defense_settings.SafeLoraConfig()
   repair: RepairConfig = RepairConfig()
 
 
