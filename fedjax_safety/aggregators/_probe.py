@@ -27,6 +27,7 @@ def _check(
   *,
   limit: float,
   reward: float,
+  reach: float,
   num_passes: int,
   num_dropped: int,
   then: str,
@@ -38,6 +39,9 @@ def _check(
     _validate.positive(limit=limit)
   if isinstance(reward, (int, float)):
     _validate.non_negative(reward=reward)
+  if isinstance(reach, (int, float)):
+    _validate.positive(reach=reach)
+    _validate.in_range(0, 1, reach=reach)
   allowed = [
     name
     for name, rule in _rule.REGISTRY.items()
@@ -63,6 +67,7 @@ def safety_probe(
   probe: Callable[[types.Adapter], jax.Array],
   limit: float = 0.8,
   reward: float = 0.0,
+  reach: float = 0.2,
   num_passes: int = 2,
   num_dropped: int = 0,
   then: str = 'mean',
@@ -72,7 +77,7 @@ def safety_probe(
   """Returns the mean of the rows, less of those that make answers unsafe.
 
   A row's harm is what the server's loss on its own safe answers gains when a
-  share 1/C of the mean is replaced by that row, less what that is on average.
+  share of the mean is replaced by that row, less what that is on average.
   Around the mean, and not around the adapter before the round, it tells small
   steps apart while the model is still or already unsafe. Harms are taken in
   units of their root mean square, or of a thousandth of the loss where all of
@@ -99,10 +104,12 @@ def safety_probe(
     limit: harm from which a row has no part.
     reward: what a row gains for each unit of negative harm; 0 counts a row
       that makes answers safer like one that leaves them alone.
+    reach: that share, after the first pass.
     num_passes: how often harm is measured, each time around the mean of the
-      last weights, by which the next are multiplied; the first one is the
-      plain mean. Attackers that are many hide in a mean that they have made
-      unsafe, and less so in the second one.
+      last weights, by which the next are multiplied. The first one replaces a
+      share 1/C of the plain mean: what each row does to an unsafe mean. Around
+      one that is safe already so little does no harm that could be told from
+      noise. A larger share does, but of honest rows without safety data too.
     num_dropped: rows of most harm that have no part whatever their harm, for
       a server that knows the number of attackers.
     then: name of the rule that combines the rows. All but the mean see each
@@ -112,7 +119,7 @@ def safety_probe(
 
   Returns:
     The delta, leaves [...]. The metrics are `probe_loss`, the loss at the
-    last mean, and `client_scores` [C], the harm in nats for a share of 1/C.
+    last mean, and `client_scores` [C], the harm in nats of the last pass.
 
   Reference: a safety loss in the place of that of Xie, Koyejo, Gupta. Zeno:
   Distributed Stochastic Gradient Descent with Suspicion-based
@@ -122,8 +129,8 @@ def safety_probe(
   known = finite & _short(tree.row_norms(deltas), finite)
   clean = tree.where_rows(known, deltas, jax.tree.map(jnp.zeros_like, deltas))
   share = _base.normalized(known)
-  for _ in range(num_passes):
-    loss, harm = _harms(clean, share, adapter, probe)
+  for part in (1 / share.size, *[reach] * (num_passes - 1)):
+    loss, harm = _harms(clean, share, part, adapter, probe)
     usable = known & jnp.isfinite(harm)
     harm -= jnp.sum(jnp.where(usable, share * harm, 0.0))
     counts = _counts(harm, usable, loss, limit, reward, num_dropped)
@@ -155,11 +162,10 @@ def _short(norms: jax.Array, finite: types.RowMask) -> types.RowMask:
   return norms <= _MAX_LENGTHS * median
 
 
-def _harms(clean, share, adapter, probe) -> tuple[jax.Array, jax.Array]:
-  """Returns the loss at the mean, and what 1/C of each row adds to it [C]."""
+def _harms(clean, share, part, adapter, probe) -> tuple[jax.Array, jax.Array]:
+  """Returns the loss at the mean, and what a part of each row adds to it."""
   clean = jax.tree.map(lambda x: x.astype(jnp.float32), clean)
   mean = tree.mix(share, clean)
-  part = 1 / share.size
 
   def mixed(row):
     return jax.tree.map(
