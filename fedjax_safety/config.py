@@ -94,8 +94,12 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    raise ValueError(f'{path}={value!r} must be of type {hint.__name__}')
+  kinds = args or (hint,)
+  # To Python, True is a whole number.
+  given = type(value) if isinstance(value, bool) else value
+  if given not in kinds and not isinstance(given, kinds):
+    names = ' or '.join(kind.__name__ for kind in kinds)
+    raise ValueError(f'{path}={value!r} must be of type {names}')
   return value
 
 

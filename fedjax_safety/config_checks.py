@@ -313,12 +313,13 @@ def _check_performance(config: settings_lib.ExperimentConfig) -> None:
   _validate.positive(
     **{'performance.generation_batch_size': performance.generation_batch_size}
   )
-  _validate.non_negative(
-    **{
-      'performance.clients_per_chunk': performance.clients_per_chunk,
-      'performance.loss_chunk': performance.loss_chunk,
-    }
-  )
+  _validate.non_negative(**{'performance.loss_chunk': performance.loss_chunk})
+  for name in ('clients_per_chunk', 'remat'):
+    value = getattr(performance, name)
+    if isinstance(value, str):
+      _validate.one_of((settings_lib.AUTO,), **{f'performance.{name}': value})
+    else:
+      _validate.non_negative(**{f'performance.{name}': value})
   _validate.one_of(
     (attention.AUTO, *attention.BACKENDS),
     **{'performance.attention': performance.attention},
@@ -337,6 +338,8 @@ def _check_performance(config: settings_lib.ExperimentConfig) -> None:
         f'performance.mesh[{axis}]={mesh[axis]} must divide {key}={size}'
       )
   chunk, cohort = performance.clients_per_chunk, client.cohort_size
+  if chunk == settings_lib.AUTO:
+    return
   if max(mesh) > 1 and chunk and (cohort % chunk or chunk % mesh[0]):
     fitting = (n for n in range(mesh[0], cohort + 1, mesh[0]) if not cohort % n)
     raise ValueError(

@@ -1,7 +1,9 @@
 """A run, told from start to end: every arm, then the report."""
 
 import contextlib
+import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +25,7 @@ from fedjax_safety import config as config_lib
 from fedjax_safety import metrics as metrics_lib
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import overlap
+from fedjax_safety.plan import settle
 
 
 def run(
@@ -86,8 +89,9 @@ def arms_of(
     for (name, seed), experiment in experiments.items()
     if not skip(workdir.arm_directory(root, name, seed), experiment)
   }
-  for experiment in {_inputs(e): e for e in wanted.values()}.values():
-    check_inputs(experiment)
+  choices = {}
+  for inputs, experiment in {_inputs(e): e for e in wanted.values()}.items():
+    choices[inputs] = check_inputs(experiment)
   distributed.on_first(_check_endpoints, root, wanted)
   distributed.on_first(workdir.claim, root, config)
   if distributed.is_first():
@@ -96,10 +100,32 @@ def arms_of(
     writer = metrics_lib.NoMetrics()
   names = list(dict.fromkeys(name for name, _ in experiments))
   with writer, interrupt.StopRequest() as stop:
-    yield [
-      arm_lib.Arm(name, names.index(name), experiment, root, writer, stop)
-      for (name, _), experiment in wanted.items()
-    ]
+    arms = []
+    for (name, _), experiment in wanted.items():
+      performance, why = choices[_inputs(experiment)]
+      settled = dataclasses.replace(experiment, performance=performance)
+      arms.append(
+        arm_lib.Arm(name, names.index(name), settled, root, writer, stop)
+      )
+      if why:
+        _tell(arms[-1], why)
+    yield arms
+
+
+def _tell(arm: arm_lib.Arm, why: str) -> None:
+  """Says what was chosen where the settings leave it open."""
+  if distributed.is_first():
+    print(f'{arm.name}: chose {why}', file=sys.stderr)
+  arm.writer.write(
+    {
+      'kind': 'choice',
+      'arm': arm.name,
+      'seed': arm.config.seed,
+      'performance/clients_per_chunk': arm.config.performance.clients_per_chunk,
+      'performance/remat': arm.config.performance.remat,
+      'performance/why': why,
+    }
+  )
 
 
 def _check_endpoints(
@@ -134,13 +160,18 @@ def write_report(root: pathlib.Path) -> pathlib.Path:
   return root / 'report.html'
 
 
-def check_inputs(config: settings_lib.ExperimentConfig) -> None:
+def check_inputs(config: settings_lib.ExperimentConfig) -> settle.Choice:
   """Loads every file that an arm will need, and raises if one is unusable.
 
+  Returns:
+    What the settings leave to the program, chosen.
+
   Raises:
-    ValueError: in one sentence: what, where, what to do.
+    ValueError: in one sentence: what, where, what to do. What the devices
+      cannot do or hold is refused before any weight is read.
   """
   distributed.check_mesh(config.performance.mesh)
+  choice = settle.settle(config)
   assembly.tuned_model(config)
   assembly.evaluation_sets(config.evaluation)
   assembly.judges(config)
@@ -159,6 +190,7 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> None:
         assembly.examples(source, count=1, seed=config.seed)
   if 'external' in repair.levels:
     written_data.load_generator(config, 'defense.repair')
+  return choice
 
 
 def _check_clients(config: settings_lib.ExperimentConfig) -> None:

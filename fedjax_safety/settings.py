@@ -21,6 +21,9 @@ DATA_ATTACKS = ('none', 'file', 'generated', 'repair')
 # Levels of repair whose prompts can be known before the rounds.
 KNOWN_LEVELS = ('public', 'external')
 
+# Leaves the choice of a setting to the program, which says what it chose.
+AUTO = 'auto'
+
 _Group = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
@@ -357,10 +360,12 @@ class PerformanceConfig:
   """What changes speed and memory, never results beyond rounding.
 
   Attributes:
-    clients_per_chunk: clients trained at once; 0 trains the whole cohort.
+    clients_per_chunk: clients trained at once; 0 trains the whole cohort, auto
+      as many as the device's memory is thought to hold.
     mesh: sizes of the axes clients, fsdp, tp; their product is the number of
       devices used.
-    remat: recompute blocks in the backward pass to save memory.
+    remat: recompute blocks in the backward pass to save memory: true, false,
+      or auto, where memory is thought not to suffice otherwise.
     attention: what attends while the model trains: xla, cudnn (NVIDIA GPUs),
       splash (TPUs), or auto, the device's kernel where it can do what the
       model asks and XLA's products elsewhere.
@@ -370,9 +375,9 @@ class PerformanceConfig:
     generation_batch_size: prompts answered at once.
   """
 
-  clients_per_chunk: int = 0
+  clients_per_chunk: int | str = 0
   mesh: tuple[int, ...] = (1, 1, 1)
-  remat: bool = False
+  remat: bool | str = False
   attention: str = 'auto'
   loss_chunk: int = 0
   generation_batch_size: int = 64

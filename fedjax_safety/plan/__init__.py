@@ -5,8 +5,11 @@ alone: its memory on each device, its operations, what goes between devices,
 and the least time that a device can take for it.
 """
 
+import dataclasses
+import math
+
 from fedjax_safety import settings as settings_lib
-from fedjax_safety.plan import cost, fit, shapes, topology
+from fedjax_safety.plan import cost, fit, settle, shapes, topology
 from fedjax_safety.plan.cost import Plan
 from fedjax_safety.plan.text import as_json, table
 
@@ -40,11 +43,20 @@ def plan(
   """
   model = shapes.decoder_config(config.model, shape)
   devices = topology.devices(topology_name)
-  measure = fit.propose if search else cost.measure
+  memory = None if memory_gib is None else int(memory_gib * topology.GIB)
+  if search:
+    measure = fit.propose
+  else:
+    measure = cost.measure
+    limit = memory or cost.limit_of(
+      devices[0], math.prod(config.performance.mesh)
+    )
+    choice = settle.choose(config, model, devices[0], limit)
+    config = dataclasses.replace(config, performance=choice.performance)
   return measure(
     config,
     model,
     devices,
     at_hand=topology_name is None,
-    memory=None if memory_gib is None else int(memory_gib * topology.GIB),
+    memory=memory,
   )

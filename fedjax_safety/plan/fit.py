@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import tqdm
 
+from fedjax_safety import losses
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.models import config as model_config
 from fedjax_safety.models import sharding, weights
@@ -46,6 +47,7 @@ class Estimate:
 class _Sizes:
   """Bytes and numbers that estimates are made of."""
 
+  weights: int
   base: int
   layer: int
   adapter: int
@@ -60,21 +62,34 @@ class _Sizes:
     width = model.dtype.itemsize
     table = weights.table(model)
     counts = {w.path: math.prod(w.shape) for w in table}
-    layers = sum(n for path, n in counts.items() if path[0] == 'layers')
+    stored = {
+      path: n * (1 if model.quantization and path[-1] == 'kernel' else width)
+      for path, n in counts.items()
+    }
+    layers = sum(n for path, n in stored.items() if path[0] == 'layers')
+    at_once = config.client.batch_size * config.model.max_length
+    columns = config.performance.loss_chunk or losses.chunk_of(
+      model.vocab_size, at_once
+    )
     sides = weights.projection_sizes(model)
     pairs = sum(sum(sides[m]) for m in config.lora.target_modules)
     keys = (model.num_heads + 2 * model.num_kv_heads) * model.head_width
     kept = _KEPT_WIDTHS * model.width + _KEPT_MLPS * model.mlp_width + keys
     return cls(
-      base=width * sum(counts.values()),
-      layer=width * layers // model.num_layers,
+      weights=sum(counts.values()),
+      base=sum(stored.values()),
+      layer=layers // model.num_layers,
       adapter=4 * pairs * config.lora.rank * model.num_layers,
       token_kept=width * kept,
       token_carried=width * model.width,
       token_scores=width * model.num_heads * config.model.max_length,
       # In the dtype of the model, in float32, and its gradient.
-      token_logits=(2 * width + 4) * model.vocab_size,
+      token_logits=(2 * width + 4) * min(columns, model.vocab_size),
     )
+
+
+# Of devices whose figures are not known, the ratio of products to links.
+_UNKNOWN = topology.Chip('unknown', math.inf, 2e14, 8e11, 2e11)
 
 
 def _meshes(
@@ -100,14 +115,29 @@ def _meshes(
     yield mesh
 
 
-def _estimate(
+def base_share(
+  config: settings_lib.ExperimentConfig, model: model_config.DecoderConfig
+) -> int:
+  """Returns the least bytes of frozen weights that a device can hold."""
+  _, fsdp, tp = config.performance.mesh
+  return _Sizes.of(config, model).base // (fsdp * tp)
+
+
+def estimate(
   config: settings_lib.ExperimentConfig,
   model: model_config.DecoderConfig,
-  sizes: _Sizes,
+  device: jax.Device,
   performance: settings_lib.PerformanceConfig,
-  chip: topology.Chip,
 ) -> Estimate:
-  """Returns what a candidate is thought to need."""
+  """Returns what a round is thought to need, rather too much than too little.
+
+  Args:
+    config: the arm's settings.
+    model: the model's sizes.
+    device: one of those the round would run on.
+    performance: instead of the settings' own.
+  """
+  sizes, chip = _Sizes.of(config, model), topology.chip_of(device) or _UNKNOWN
   (clients, fsdp, tp), client = performance.mesh, config.client
   chunk = performance.clients_per_chunk or client.cohort_size
   tokens = client.batch_size * config.model.max_length
@@ -127,18 +157,13 @@ def _estimate(
     + at_once * (activations + sizes.token_logits / tp)
   )
   passes, chunks = 3 if performance.remat else 2, client.cohort_size // chunk
-  parameters = sizes.base / model.dtype.itemsize
-  operations = 2 * passes * parameters * tokens * client.cohort_size
+  operations = 2 * passes * sizes.weights * tokens * client.cohort_size
   gathered = chunks * passes * sizes.base / tp * (fsdp - 1) / fsdp
   # Two sums a pass and layer, each there and back.
   summed = 4 * passes * layers * sizes.token_carried * (tp - 1) / tp
   sent = gathered + chunks * at_once * summed
   seconds = operations / math.prod(performance.mesh) / chip.flops
   return Estimate(performance, memory, seconds + sent / chip.link_bandwidth)
-
-
-# Of devices whose figures are not known, the ratio of products to links.
-_UNKNOWN = topology.Chip('unknown', math.inf, 2e14, 8e11, 2e11)
 
 
 def candidates(
@@ -148,9 +173,7 @@ def candidates(
   count: int,
 ) -> list[Estimate]:
   """Returns every way to lay a round out on so many devices, fastest first."""
-  cohort, sizes = config.client.cohort_size, _Sizes.of(config, model)
-  chip = topology.chip_of(device) or _UNKNOWN
-  found = []
+  cohort, found = config.client.cohort_size, []
   for mesh in _meshes(config, model, count):
     chunks = [n for n in range(mesh[0], cohort + 1, mesh[0]) if cohort % n == 0]
     for chunk, remat in itertools.product(chunks, (False, True)):
@@ -160,7 +183,7 @@ def candidates(
         clients_per_chunk=0 if chunk == cohort else chunk,
         remat=remat,
       )
-      found.append(_estimate(config, model, sizes, performance, chip))
+      found.append(estimate(config, model, device, performance))
   # Of equals, the one with more memory to spare.
   return sorted(found, key=lambda e: (e.seconds, e.memory))
 
@@ -203,10 +226,10 @@ def propose(
   tried = [*likely[: MAX_COMPILED - 1], least]
   best = None
   # With None, tqdm shows the bar on terminals only.
-  for estimate in tqdm.tqdm(
+  for candidate in tqdm.tqdm(
     dict.fromkeys(tried), 'Compiling candidates', disable=None
   ):
-    chosen = dataclasses.replace(config, performance=estimate.performance)
+    chosen = dataclasses.replace(config, performance=candidate.performance)
     plan = cost.measure(chosen, model, devices, at_hand=at_hand, memory=memory)
     if plan.fits:
       return plan

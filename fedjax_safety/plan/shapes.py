@@ -16,7 +16,7 @@ from fedjax_safety import round as round_lib
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.demo_world import named
 from fedjax_safety.models import config as model_config
-from fedjax_safety.models import sharding, weights
+from fedjax_safety.models import quantization, sharding, weights
 
 
 def _llama(vocab, width, mlp, layers, heads, kv_heads, tied=False, **rest):
@@ -63,10 +63,12 @@ def decoder_config(
   """
   if shape is not None:
     _validate.one_of(SHAPES, shape=shape)
-    return model_config.from_hf(SHAPES[shape], model.dtype)
-  if named.is_named(model.path):
-    return model_config.read_hf(named.model_directory(model.path), model.dtype)
-  return model_config.read_hf(model.path, model.dtype)
+    made = model_config.from_hf(SHAPES[shape], model.dtype)
+  elif named.is_named(model.path):
+    made = model_config.read_hf(named.model_directory(model.path), model.dtype)
+  else:
+    made = model_config.read_hf(model.path, model.dtype)
+  return dataclasses.replace(made, quantization=model.quantization or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,16 @@ def _base_params(config, mesh):
   params = {}
   for weight in weights.table(config):
     where = mesh and jax.NamedSharding(mesh, sharding.spec_of(weight.path))
-    leaf = jax.ShapeDtypeStruct(weight.shape, config.dtype, sharding=where)
+    dtype = config.dtype
+    if config.quantization and weight.path[-1] == 'kernel':
+      dtype = quantization.MODES[config.quantization].dtype
+      path, shape = (*weight.path[:-1], 'kernel_scale'), weight.shape
+      scales = mesh and jax.NamedSharding(mesh, sharding.spec_of(path))
+      scale = jax.ShapeDtypeStruct(
+        (*shape[:-2], shape[-1]), 'float32', sharding=scales
+      )
+      weights.put(params, path, scale)
+    leaf = jax.ShapeDtypeStruct(weight.shape, dtype, sharding=where)
     weights.put(params, weight.path, leaf)
   return params
 
