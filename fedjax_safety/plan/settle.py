@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedjax_safety import distributed
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.models import attention, sharding
 from fedjax_safety.models import config as model_config
@@ -129,6 +130,16 @@ def _check_memory(
     )
 
 
+def _memory_of(device: jax.Device, sharing: int) -> int | None:
+  """Returns the bytes that a program may use of a device at hand, if known."""
+  if device.platform != 'cpu':
+    # What JAX took of it can be less than what the chip has.
+    stats = device.memory_stats() or {}
+    if 'bytes_limit' in stats:
+      return stats['bytes_limit']
+  return cost.limit_of(device, sharing)
+
+
 def settle(config: settings_lib.ExperimentConfig) -> Choice:
   """Returns an arm's settings without `auto`, or refuses what cannot run.
 
@@ -143,7 +154,7 @@ def settle(config: settings_lib.ExperimentConfig) -> Choice:
       message has the numbers and what to change.
   """
   model = shapes.decoder_config(config.model, None)
-  mesh, device = config.performance.mesh, jax.devices()[0]
+  mesh, device = config.performance.mesh, jax.local_devices()[0]
   sharding.check_divisible(
     model, jax.sharding.AbstractMesh(mesh, sharding.AXES)
   )
@@ -154,7 +165,8 @@ def settle(config: settings_lib.ExperimentConfig) -> Choice:
     tp=mesh[2],
     length=config.model.max_length,
   )
-  limit = cost.limit_of(device, math.prod(mesh))
+  # The first process's, so that all choose the same.
+  limit = distributed.on_first(_memory_of, device, math.prod(mesh))
   choice = choose(config, model, device, limit)
   if limit is not None:
     settled = dataclasses.replace(config, performance=choice.performance)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from fedjax_safety.models import attention, decoder
+from fedjax_safety.models import attention, decoder, fused_attention
 from fedjax_safety.models import config as config_lib
 
 LENGTH, CLIENTS = 9, 2
@@ -22,6 +22,16 @@ def on_cuda(monkeypatch):
 
   monkeypatch.setattr(stablehlo, 'check_cudnn_version', lambda: 91000)
   monkeypatch.setattr(stablehlo, 'check_compute_capability', lambda _: True)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Lets splash attention run where there is no TPU."""
+  monkeypatch.setattr(
+    splash_attention,
+    'make_splash_mha',
+    functools.partial(splash_attention.make_splash_mha, interpret=True),
+  )
 
 
 def _config(hf_config, family, **overrides):
@@ -45,13 +55,8 @@ def _losses(model, params, tokens):
   'family, layers', [('llama', 1), ('mistral', 1), ('gemma2', 2)]
 )
 def test_splash_attention_gives_what_xla_gives(
-  family, layers, hf_config, random_params, random_adapter, monkeypatch
+  family, layers, hf_config, random_params, random_adapter, interpreted
 ):
-  monkeypatch.setattr(
-    splash_attention,
-    'make_splash_mha',
-    functools.partial(splash_attention.make_splash_mha, interpret=True),
-  )
   config = _config(hf_config, family, num_hidden_layers=layers)
   params = random_params(config)
   adapter = random_adapter(config, 2, ['q_proj', 'v_proj'])
@@ -71,6 +76,38 @@ def test_splash_attention_gives_what_xla_gives(
     lambda a, b: np.testing.assert_allclose(
       a, b, rtol=2e-4, atol=1e-5 * np.abs(a).max()
     ),
+    expected,
+    got,
+  )
+
+
+def test_splash_attention_over_several_blocks(interpreted, monkeypatch):
+  monkeypatch.setattr(fused_attention, '_MOST_ROWS', 128)
+  length, window = 200, 150
+  config = types.SimpleNamespace(
+    attention_cap=None, windowed=(True,), window=window
+  )
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    jnp.float32(rng.normal(size=(1, length, heads, 8))) for heads in (2, 1, 1)
+  )
+  distance = np.arange(length)[:, None] - np.arange(length)
+  mask = jnp.asarray((distance >= 0) & (distance < window))[None]
+
+  def splash(q, k, v):
+    return fused_attention.attend(
+      q, k, v, None, config=config, backend=attention.SPLASH, mesh=None
+    )
+
+  def loss(attend):
+    return lambda q, k, v: jnp.square(attend(q, k, v)).sum()
+
+  expected, got = (
+    jax.jit(jax.value_and_grad(loss(attend), argnums=(0, 1, 2)))(q, k, v)
+    for attend in (lambda *args: attention.attend(*args, mask), splash)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
     expected,
     got,
   )
