@@ -2,15 +2,14 @@
 
 from fedjax_safety import (
   _validate,
-  aggregators,
   attacks,
   client_algorithms,
   client_update,
+  defense_checks,
   endpoint,
   evaluation_checks,
   lora_aggregators,
   privacy,
-  probe,
   server_update,
   written_filters,
 )
@@ -19,8 +18,6 @@ from fedjax_safety.data import cohort, poison, templates
 from fedjax_safety.models import attention, quantization
 from fedjax_safety.models import config as model_config
 
-# Rules with a history of each row, which is a client only if all take part.
-_REMEMBER_ROWS = ('fldetector', 'foolsgold_history')
 # Schemes whose factors mean the same in every round.
 _ONE_BASIS = ('factors', 'ffa', 'ffa_product')
 
@@ -69,7 +66,7 @@ def _check_algorithms(config: settings_lib.ExperimentConfig) -> None:
       optimizer=server.optimizer,
       learning_rate=server.learning_rate,
     )
-    _check_rule(config)
+    defense_checks.check(config)
     _check_client(config)
     privacy.check(config)
     attacks.build(threat.update_attack, **threat.update_attack_kwargs)
@@ -101,31 +98,6 @@ def _check_client(config: settings_lib.ExperimentConfig) -> None:
       f"client.algorithm='scaffold' needs defense.lora_aggregation to be one "
       f'of {", ".join(_ONE_BASIS)}, which train the same factors in every '
       f'round; got {scheme!r}'
-    )
-
-
-def _check_rule(config: settings_lib.ExperimentConfig) -> None:
-  """Raises unless a round gives the rule all that it works on."""
-  name, client = config.defense.aggregator, config.client
-  for kind in probe.sources_needed(config):
-    if not getattr(config.defense.probe, kind):
-      raise ValueError(
-        f'defense.aggregator={name!r} judges deltas by pairs that the server '
-        f'holds; give them with --config.defense.probe.{kind}=...'
-      )
-  given = {'key', 'weights', 'adapter'} | probe.INPUTS
-  missing = aggregators.inputs(name) - given
-  if missing:
-    raise ValueError(
-      f'defense.aggregator={name!r} needs {", ".join(sorted(missing))} from '
-      f'the server, which a run does not have; choose another rule, or call '
-      f'aggregators.{name} from Python'
-    )
-  if name in _REMEMBER_ROWS and client.cohort_size != client.population:
-    raise ValueError(
-      f'defense.aggregator={name!r} remembers every row, so that rows must be '
-      f'the same clients in every round; set client.cohort_size='
-      f'{client.cohort_size} to client.population={client.population}'
     )
 
 
@@ -267,17 +239,6 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   )
   _validate.in_range(
     0, 1, **{'defense.repair.aligned_share': repair.aligned_share}
-  )
-  safe_lora = config.defense.safe_lora
-  _validate.positive(**{'defense.safe_lora.rank': safe_lora.rank})
-  _validate.in_range(
-    0, 1, **{'defense.safe_lora.threshold': safe_lora.threshold}
-  )
-  for name in ('num_pairs', 'num_training_pairs', 'num_references'):
-    value = getattr(config.defense.probe, name)
-    _validate.positive(**{f'defense.probe.{name}': value})
-  _validate.non_negative(
-    **{'defense.probe.num_tokens': config.defense.probe.num_tokens}
   )
   threat = config.threat_model
   for path, generation, setting, model in (

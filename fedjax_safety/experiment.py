@@ -11,6 +11,7 @@ from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   client_data,
+  defense_checks,
   distributed,
   federation,
   interrupt,
@@ -150,7 +151,7 @@ def _inputs(config: settings_lib.ExperimentConfig) -> str:
   tree = config_lib.as_dict(config)
   tree['label'] = tree['defense']['aggregator'] = ''
   tree['defense']['aggregator_kwargs'] = {}
-  tree['holds'] = probe.sources_needed(config)
+  tree['holds'] = defense_checks.probe_sources(config)
   return config_lib.digest(tree)
 
 

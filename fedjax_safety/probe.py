@@ -14,16 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_safety import aggregators, assembly, synthesis, types
+from fedjax_safety import assembly, defense_checks, synthesis, types
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources
 
-# Inputs of a rule for which a server needs pairs of its own: to test deltas
-# on, and to make deltas of.
-_TESTED, _TRAINED = frozenset({'probe', 'loss_fn'}), frozenset({'references'})
-INPUTS = _TESTED | _TRAINED
-# Sources of the references; the last one gives the unsafe ones.
-_KINDS = ('source', 'normal', 'unaligned')
 # Keeps the draw apart from those of clients and repair.
 _SEED = 2_000_003
 
@@ -43,19 +37,6 @@ class Held(NamedTuple):
   trained: Batches | None = None
 
 
-def is_used(config: settings_lib.ExperimentConfig) -> bool:
-  """Whether an arm's rule looks at pairs that the server holds."""
-  return bool(INPUTS & aggregators.inputs(config.defense.aggregator))
-
-
-def sources_needed(config: settings_lib.ExperimentConfig) -> tuple[str, ...]:
-  """Returns the settings of `defense.probe` that must name a source."""
-  asked = aggregators.inputs(config.defense.aggregator)
-  if asked & _TRAINED:
-    return _KINDS
-  return _KINDS[:1] if asked & _TESTED else ()
-
-
 def held_pairs(
   config: settings_lib.ExperimentConfig,
 ) -> list[sources.Example]:
@@ -65,11 +46,10 @@ def held_pairs(
     ValueError: a source cannot be read, or has too few pairs.
   """
   chosen, pairs = config.defense.probe, []
-  asked = aggregators.inputs(config.defense.aggregator)
-  if asked & _TESTED:
+  if defense_checks.tests_deltas(config):
     pairs += _drawn(config, 'source', chosen.num_pairs, 'num_pairs')
-  if asked & _TRAINED:
-    for kind in _KINDS:
+  if defense_checks.makes_references(config):
+    for kind in defense_checks.KINDS:
       pairs += _training_pairs(config, kind)
   return pairs
 
@@ -107,17 +87,20 @@ def held(
   Raises:
     ValueError: a source cannot be read, or has too few pairs or answers.
   """
-  asked = aggregators.inputs(config.defense.aggregator)
   return Held(
-    batches(config, language_model) if asked & _TESTED else None,
-    _training(config, language_model) if asked & _TRAINED else None,
+    batches(config, language_model)
+    if defense_checks.tests_deltas(config)
+    else None,
+    _training(config, language_model)
+    if defense_checks.makes_references(config)
+    else None,
   )
 
 
 def _training(config, language_model) -> Batches:
   """Returns the tokens and masks of the references, [kind, pair, L]."""
   parts = []
-  for kind in _KINDS:
+  for kind in defense_checks.KINDS:
     pairs = _training_pairs(config, kind)
     encoded = assembly.encode(pairs, language_model, config)
     _check_answers(config, kind, encoded.loss_mask)
@@ -157,15 +140,16 @@ def batches(
 
 def blank(config: settings_lib.ExperimentConfig) -> Held:
   """Returns arrays of the same shapes as `held` without any pair in them."""
-  asked = aggregators.inputs(config.defense.aggregator)
   count, length = config.defense.probe.num_training_pairs, config.model
 
   def zeros(*shape):
     return np.zeros(shape, np.int32), np.zeros(shape, bool)
 
   return Held(
-    zeros(*_shape(config)) if asked & _TESTED else None,
-    zeros(len(_KINDS), count, length.max_length) if asked & _TRAINED else None,
+    zeros(*_shape(config)) if defense_checks.tests_deltas(config) else None,
+    zeros(len(defense_checks.KINDS), count, length.max_length)
+    if defense_checks.makes_references(config)
+    else None,
   )
 
 
@@ -195,14 +179,18 @@ def make_references(
   each hold aligned, normal and unaligned pairs, drawn anew by each key.
   """
   client, count = config.client, config.defense.probe.num_references
-  kinds = np.repeat(np.arange(len(_KINDS)), count)
+  kinds = np.repeat(np.arange(len(defense_checks.KINDS)), count)
   shape = (kinds.size, client.num_local_steps, client.batch_size)
 
   def references(key):
     tokens, mask = jax.tree.map(jnp.asarray, trained)
     rows = jax.random.randint(key, shape, 0, tokens.shape[1])
     at = kinds[:, None, None]
-    return tokens[at, rows], mask[at, rows], kinds == len(_KINDS) - 1
+    return (
+      tokens[at, rows],
+      mask[at, rows],
+      kinds == len(defense_checks.KINDS) - 1,
+    )
 
   return references
 

@@ -8,8 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_safety import defense_settings
-from fedjax_safety import endpoint_settings
+from fedjax_safety import defense_settings, endpoint_settings
 
 # Stands for an adapter that changes nothing.
 NO_ADAPTER = 'none'

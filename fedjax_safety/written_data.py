@@ -13,6 +13,7 @@ from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   client_data,
+  defense_checks,
   distributed,
   endpoint,
   endpoint_settings,
@@ -350,7 +351,7 @@ def defense_data(
 def audit_sets(arm: arm_lib.Arm, unaligned: Examples) -> dict[str, list[str]]:
   """Returns the prompts of attack, defense and evaluation, by name."""
   sets = {'attack': [e.prompt for e in unaligned]}
-  if probe.is_used(arm.config):
+  if defense_checks.probe_sources(arm.config):
     sets['defense, probe'] = [e.prompt for e in probe.held_pairs(arm.config)]
   for level in arm.config.defense.repair.levels:
     pairs = _read_examples(arm.defense_data(level))

@@ -64,7 +64,7 @@ def _rounds(directory):
 
 def test_every_round_tells_what_each_row_did(finished):
   for record in _rounds(finished).values():
-    assert len(record['defense/probe_harm_by_row']) == 3
+    assert len(record['defense/client_scores']) == 3
     assert record['defense/probe_loss'] > 0
     assert sum(record['defense/client_weights']) == pytest.approx(1)
 
