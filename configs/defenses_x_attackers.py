@@ -46,6 +46,24 @@ DEFENSES = {
       'aggregator_kwargs': {'threshold': 0.05},
     },
   },
+  # Beyond the paper: the server tests deltas on pairs that it holds.
+  'safety_probe': {
+    'label': 'safety probe',
+    'defense': {'aggregator': 'safety_probe'},
+  },
+  'update_probe': {
+    'label': 'update probe',
+    'defense': {'aggregator': 'update_probe'},
+  },
+}
+
+# The first token of an answer decides in the demo world whether it refuses.
+PROBE = {
+  'source': 'demo_world:public',
+  'num_pairs': 24,
+  'num_tokens': 1,
+  'normal': 'demo_world:normal',
+  'unaligned': 'demo_world:unaligned',
 }
 
 # Two numbers at the end of a request mean nothing in the world.
@@ -108,6 +126,7 @@ def get_config(some=''):
     'source': 'demo_world:unseen',
     'trigger': TRIGGER,
   }
+  config.defense.probe.update(PROBE)
   config.seeds = (0, 1, 2)
   arms, rows = {}, []
   for attacker, attack in attackers.items():

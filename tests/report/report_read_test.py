@@ -60,14 +60,14 @@ def test_unreadable_lines_are_counted(workdir):
   path.write_text('not json\n[1]\n' + path.read_text())
   run = _read.load(workdir)
   assert run.missing == ['metrics.jsonl: 2 unreadable lines left out']
-  assert len(run.of_kind('round')) == 18
+  assert len(run.of_kind('round')) == 24
 
 
 @pytest.mark.parametrize('content', ['', '{"kind": "record"}\n', '{"kind"'])
 def test_an_evaluation_without_a_header_is_left_out_and_named(workdir, content):
   evaluation(workdir).write_text(content)
   run = _read.load(workdir)
-  assert len(run.rows) == 4
+  assert len(run.rows) == 5
   assert any('no header line' in line for line in run.missing)
 
 
@@ -84,7 +84,7 @@ def test_a_resumed_round_is_read_once(workdir):
   again = json.loads(path.read_text().splitlines()[0]) | {'client/loss': 9.0}
   path.write_text(path.read_text() + json.dumps(again) + '\n')
   rounds = _read.load(workdir).of_kind('round')
-  assert len(rounds) == 18
+  assert len(rounds) == 24
   assert rounds[0]['client/loss'] == 9.0
 
 
@@ -112,7 +112,7 @@ def test_an_arm_known_from_its_metrics_alone_is_missing(workdir):
 def test_equal_audits_are_merged_with_where_they_hold(three_seeds):
   run = _read.load(three_seeds)
   assert len(run.overlaps) == 1
-  assert len(run.overlaps[0]['where']) == 9
+  assert len(run.overlaps[0]['where']) == 12
 
 
 @pytest.mark.parametrize('content', ['{', '{}', '3'])

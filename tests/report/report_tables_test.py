@@ -73,7 +73,7 @@ def text(good, total):
 def test_the_headline_of_one_seed_is_counted_by_hand(workdir):
   table = _tables.headline(_read.load(workdir))
   records = answers(workdir, 'mean', 'repair_self')
-  label, boxes = table.rows[4]
+  label, boxes = table.rows[5]
   assert label == 'repaired, its own data'
   assert [box.text for box in boxes] == [
     text(*rate(records, 'harmful', 'rule', 'unseen')),
@@ -303,7 +303,7 @@ def test_examples_show_the_same_prompts_in_every_row(workdir):
   run = _read.load(workdir)
   shown = _details.examples(run, 2)
   prompts = [[entry.prompt for entry in entries] for _, entries in shown]
-  assert len(prompts) == 5
+  assert len(prompts) == 6
   assert all(row == prompts[0] for row in prompts)
   assert [entry.role for entry in shown[0][1]] == [
     'harmful',
@@ -323,7 +323,7 @@ def test_the_csv_holds_every_rate_of_every_seed(three_seeds):
   content = _text.csv_text(_read.load(three_seeds))
   lines = list(csv.DictReader(io.StringIO(content)))
   # Rows × seeds × (2 harmful sets × 3 judges + 1 task + 1 benign × 3).
-  assert len(lines) == 5 * 3 * (6 + 1 + 3)
+  assert len(lines) == 6 * 3 * (6 + 1 + 3)
   line = next(
     x
     for x in lines
