@@ -16,6 +16,8 @@ from fedjax_safety import (
   distributed,
   endpoint_settings,
   evaluation_checks,
+  evaluation_inputs,
+  evaluation_settings,
   experiment,
   federation,
   report,
@@ -266,7 +268,7 @@ def calibrate(values: Flags) -> None:
   """Holds judges against answers that people have labeled."""
   config = settings_lib.ExperimentConfig(
     model=settings_lib.ModelConfig(dtype=values.dtype),
-    evaluation=settings_lib.EvaluationConfig(
+    evaluation=evaluation_settings.EvaluationConfig(
       rules=tuple(values.rules or rules.LISTS),
       judge=values.judge or '',
       judge_format=values.judge_format,
@@ -282,6 +284,6 @@ def calibrate(values: Flags) -> None:
   )
   evaluation_checks.check(config.evaluation)
   labeled = {path: labels.load(path) for path in values.labels}
-  rows = list(calibration.calibrate(assembly.judges(config), labeled))
+  rows = list(calibration.calibrate(evaluation_inputs.judges(config), labeled))
   show = calibration.to_json if values.json else calibration.table
   print(show(rows))

@@ -1,16 +1,17 @@
 """Checks of the settings of an evaluation against their ranges."""
 
-from fedjax_safety import _validate, endpoint
-from fedjax_safety import settings as settings_lib
+from fedjax_safety import _validate, endpoint, evaluation_settings
 from fedjax_safety.data import templates
 from fedjax_safety.evaluation import judge_formats, rules
 
 
-def check(evaluation: settings_lib.EvaluationConfig) -> None:
+def check(evaluation: evaluation_settings.EvaluationConfig) -> None:
   """Raises unless the sets and judges can be used."""
   for name, prompts in evaluation.sets.items():
     path = f'evaluation.sets.{name}'
-    _validate.one_of(settings_lib.ROLES, **{f'{path}.role': prompts.role})
+    _validate.one_of(
+      evaluation_settings.ROLES, **{f'{path}.role': prompts.role}
+    )
     _validate.non_negative(**{f'{path}.limit': prompts.limit})
   if evaluation.headline_set:
     _validate.one_of(
@@ -36,7 +37,7 @@ def check(evaluation: settings_lib.EvaluationConfig) -> None:
     _check_question(evaluation)
 
 
-def _check_rubric(evaluation: settings_lib.EvaluationConfig) -> None:
+def _check_rubric(evaluation: evaluation_settings.EvaluationConfig) -> None:
   """Raises unless an endpoint can grade and judge as it is set to."""
   rubric, path = evaluation.rubric, 'evaluation.rubric'
   for setting, name in (
@@ -54,7 +55,7 @@ def _check_rubric(evaluation: settings_lib.EvaluationConfig) -> None:
     )
   _validate.positive(**{f'{path}.max_new_tokens': rubric.max_new_tokens})
   for role in rubric.roles:
-    _validate.one_of(settings_lib.ROLES, **{f'{path}.roles': role})
+    _validate.one_of(evaluation_settings.ROLES, **{f'{path}.roles': role})
   for key in ('prompt', 'safety_prompt'):
     if text := getattr(rubric, key):
       _check_parts(f'{path}.{key}', text)
@@ -67,7 +68,7 @@ def _check_rubric(evaluation: settings_lib.EvaluationConfig) -> None:
     )
 
 
-def _check_words(evaluation: settings_lib.EvaluationConfig) -> None:
+def _check_words(evaluation: evaluation_settings.EvaluationConfig) -> None:
   """Raises unless a judge has two answers."""
   if len({word.lower() for word in evaluation.judge_words}) != 2:
     raise ValueError(
@@ -76,7 +77,7 @@ def _check_words(evaluation: settings_lib.EvaluationConfig) -> None:
     )
 
 
-def _check_question(evaluation: settings_lib.EvaluationConfig) -> None:
+def _check_question(evaluation: evaluation_settings.EvaluationConfig) -> None:
   """Raises unless a judge can be asked in the config's own words."""
   _check_words(evaluation)
   template = evaluation.judge_template

@@ -13,6 +13,7 @@ from fedjax_safety import (
   client_data,
   defense_checks,
   distributed,
+  evaluation_inputs,
   federation,
   interrupt,
   probe,
@@ -174,10 +175,10 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> settle.Choice:
   distributed.check_mesh(config.performance.mesh)
   choice = settle.settle(config)
   assembly.tuned_model(config)
-  assembly.evaluation_sets(config.evaluation)
-  assembly.judges(config)
-  assembly.scorers(config)
-  assembly.code_sandbox(config)
+  evaluation_inputs.evaluation_sets(config.evaluation)
+  evaluation_inputs.judges(config)
+  evaluation_inputs.scorers(config)
+  evaluation_inputs.code_sandbox(config)
   if config.given_adapter:
     stages.given_adapter(config)
   else:

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_safety import assembly, defense_checks, synthesis, types
+from fedjax_safety import (
+  assembly,
+  defense_checks,
+  evaluation_inputs,
+  types,
+  written_filters,
+)
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources
 
@@ -64,12 +70,16 @@ def _drawn(config, kind: str, count: int, name: str) -> list[sources.Example]:
   """Draws pairs of a source, none of them asked in an evaluation."""
   source = getattr(config.defense.probe, kind)
   measured = {
-    synthesis.normal_form(example.prompt)
-    for _, prompts in assembly.evaluation_sets(config.evaluation).values()
+    written_filters.normal_form(example.prompt)
+    for _, prompts in evaluation_inputs.evaluation_sets(
+      config.evaluation
+    ).values()
     for example in prompts
   }
   pairs = assembly.examples(source, count=2 * count, seed=config.seed + _SEED)
-  left = [e for e in pairs if synthesis.normal_form(e.prompt) not in measured]
+  left = [
+    e for e in pairs if written_filters.normal_form(e.prompt) not in measured
+  ]
   if len(left) < count:
     raise ValueError(
       f'defense.probe.{name}={count}, but {source} has {len(left)} pairs that '

@@ -18,6 +18,7 @@ from fedjax_safety import (
   assembly,
   distributed,
   endpoint,
+  evaluation_inputs,
   federation,
   types,
   workdir,
@@ -98,19 +99,19 @@ def evaluate(
   """Measures an adapter and writes one line an answer, once."""
   config = arm.config.evaluation
   path = workdir.evaluation(arm.directory, stage)
-  sets = assembly.evaluation_sets(config)
+  sets = evaluation_inputs.evaluation_sets(config)
   if not sets or distributed.on_first(path.exists):
     return
   start = time.monotonic()
-  judges = assembly.judges(arm.config, arm.replies)
-  scorers = assembly.scorers(arm.config, arm.replies)
+  judges = evaluation_inputs.judges(arm.config, arm.replies)
+  scorers = evaluation_inputs.scorers(arm.config, arm.replies)
   records = evaluate_lib.evaluate(
     assembly.make_sampler(assembly.tuned_model(arm.config), arm.config),
     adapter,
     sets,
     judges,
     scorers,
-    assembly.code_sandbox(arm.config),
+    evaluation_inputs.code_sandbox(arm.config),
     key=arm.key(_EVALUATION),
     temperature=config.temperature,
     top_p=config.top_p,
@@ -143,10 +144,10 @@ def round_measure(arm: arm_lib.Arm) -> Callable[..., dict[str, float]]:
   verdict is not safe. The draws are those of the evaluation at the end.
   """
   config = arm.config.evaluation
-  sets = assembly.evaluation_sets(config)
+  sets = evaluation_inputs.evaluation_sets(config)
   if not config.every_rounds or not sets:
     return lambda round_index, adapter: {}
-  judges = assembly.judges(arm.config)
+  judges = evaluation_inputs.judges(arm.config)
   sampler = assembly.make_sampler(assembly.tuned_model(arm.config), arm.config)
   headline = (config.headline_set,) if config.headline_set else sets
 

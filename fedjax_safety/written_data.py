@@ -17,6 +17,7 @@ from fedjax_safety import (
   distributed,
   endpoint,
   endpoint_settings,
+  evaluation_inputs,
   probe,
   replies,
   synthesis,
@@ -241,7 +242,7 @@ def _writer(
   generation: settings_lib.GenerationConfig,
 ) -> synthesis.Writer:
   """Returns a model that writes data; it must not write evaluation prompts."""
-  sets = assembly.evaluation_sets(config.evaluation).values()
+  sets = evaluation_inputs.evaluation_sets(config.evaluation).values()
   return synthesis.Writer(
     sampler,
     adapter,
@@ -356,7 +357,7 @@ def audit_sets(arm: arm_lib.Arm, unaligned: Examples) -> dict[str, list[str]]:
   for level in arm.config.defense.repair.levels:
     pairs = _read_examples(arm.defense_data(level))
     sets[f'defense, {level}'] = [e.prompt for e in pairs]
-  prompts_of = assembly.evaluation_sets(arm.config.evaluation)
+  prompts_of = evaluation_inputs.evaluation_sets(arm.config.evaluation)
   for name, (role, prompts) in prompts_of.items():
     if role == 'harmful':
       sets[f'evaluation, {name}'] = [e.prompt for e in prompts]

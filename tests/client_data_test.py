@@ -6,13 +6,13 @@ import json
 import pytest
 
 from fedjax_safety import (
-  assembly,
   client_data,
   config,
   config_file,
+  evaluation_inputs,
+  evaluation_settings,
   experiment,
 )
-from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources
 
 
@@ -202,11 +202,13 @@ def test_attackers_that_lack_something_are_refused(settings, overrides, words):
 
 def test_a_triggered_set_asks_the_same_prompts_with_the_trigger(tiny_data):
   chosen = {
-    name: settings_lib.EvaluationSetConfig(
+    name: evaluation_settings.EvaluationSetConfig(
       source=str(tiny_data), limit=3, trigger=trigger
     )
     for name, trigger in (('plain', ''), ('triggered', '7 7'))
   }
-  sets = assembly.evaluation_sets(settings_lib.EvaluationConfig(sets=chosen))
+  sets = evaluation_inputs.evaluation_sets(
+    evaluation_settings.EvaluationConfig(sets=chosen)
+  )
   plain, triggered = (sets[name][1] for name in ('plain', 'triggered'))
   assert [e.prompt for e in triggered] == [f'{e.prompt} 7 7' for e in plain]

@@ -6,8 +6,7 @@ import logging
 import jax
 import pytest
 
-from fedjax_safety import assembly
-from fedjax_safety import settings as settings_lib
+from fedjax_safety import evaluation_inputs, evaluation_settings
 from fedjax_safety.data import sources
 from fedjax_safety.evaluation import checks, evaluate
 
@@ -161,11 +160,11 @@ def test_arguments_that_do_not_fit_are_explained(check, words):
 
 
 def sets(path):
-  chosen = settings_lib.EvaluationSetConfig(
+  chosen = evaluation_settings.EvaluationSetConfig(
     source=f'ifeval:{path}', role='task'
   )
-  return assembly.evaluation_sets(
-    settings_lib.EvaluationConfig(sets={'asked': chosen})
+  return evaluation_inputs.evaluation_sets(
+    evaluation_settings.EvaluationConfig(sets={'asked': chosen})
   )
 
 
@@ -226,15 +225,17 @@ def test_a_file_without_known_checks_is_refused(tmp_path):
 def test_tasks_with_a_reference_still_need_one(tmp_path):
   path = tmp_path / 'a.jsonl'
   write(path, {'prompt': 'p', 'response': 'r'})
-  chosen = settings_lib.EvaluationSetConfig(source=str(path), role='task')
-  config = settings_lib.EvaluationConfig(sets={'asked': chosen})
-  (role, (example,)) = assembly.evaluation_sets(config)['asked']
+  chosen = evaluation_settings.EvaluationSetConfig(
+    source=str(path), role='task'
+  )
+  config = evaluation_settings.EvaluationConfig(sets={'asked': chosen})
+  (role, (example,)) = evaluation_inputs.evaluation_sets(config)['asked']
   assert role == 'task' and example == sources.Example('p', 'r', {})
   write(tmp_path / 'b.jsonl', {'prompt': 'p'})
-  chosen = settings_lib.EvaluationSetConfig(
+  chosen = evaluation_settings.EvaluationSetConfig(
     source=str(tmp_path / 'b.jsonl'), role='task'
   )
   with pytest.raises(ValueError, match='prompts without a response'):
-    assembly.evaluation_sets(
-      settings_lib.EvaluationConfig(sets={'asked': chosen})
+    evaluation_inputs.evaluation_sets(
+      evaluation_settings.EvaluationConfig(sets={'asked': chosen})
     )

@@ -9,7 +9,10 @@ import threading
 import jax
 import pytest
 
-from fedjax_safety import assembly, settings
+from fedjax_safety import (
+  evaluation_inputs,
+  evaluation_settings,
+)
 from fedjax_safety.data import sources
 from fedjax_safety.evaluation import code, evaluate, sandbox
 
@@ -146,12 +149,16 @@ def test_answers_of_any_form_become_programs(problem, answer, right):
 def test_an_evaluation_runs_the_tests_only_if_allowed(tmp_path, box):
   path = tmp_path / 'HumanEval.jsonl'
   path.write_text(json.dumps(PROBLEM) + '\n')
-  chosen = settings.EvaluationSetConfig(source=f'humaneval:{path}', role='task')
-  closed = settings.EvaluationConfig(sets={'code': chosen})
+  chosen = evaluation_settings.EvaluationSetConfig(
+    source=f'humaneval:{path}', role='task'
+  )
+  closed = evaluation_settings.EvaluationConfig(sets={'code': chosen})
   with pytest.raises(ValueError, match='allow_code_execution=true'):
-    assembly.evaluation_sets(closed)
-  sets = assembly.evaluation_sets(
-    settings.EvaluationConfig(sets={'code': chosen}, allow_code_execution=True)
+    evaluation_inputs.evaluation_sets(closed)
+  sets = evaluation_inputs.evaluation_sets(
+    evaluation_settings.EvaluationConfig(
+      sets={'code': chosen}, allow_code_execution=True
+    )
   )
 
   class Writes:

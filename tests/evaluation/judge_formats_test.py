@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 import transformers
 
-from fedjax_safety import assembly
+from fedjax_safety import evaluation_inputs, evaluation_settings
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.evaluation import judge_formats, judges
 
@@ -210,12 +210,12 @@ def test_wildguard_alone_tells_refusals(byte_tokenizer):
 
 def test_a_judge_runs_through_the_decoder(tiny_model, quick_compiles):
   config = settings_lib.ExperimentConfig(
-    evaluation=settings_lib.EvaluationConfig(
+    evaluation=evaluation_settings.EvaluationConfig(
       judge=str(tiny_model), judge_format='wildguard'
     ),
     performance=settings_lib.PerformanceConfig(generation_batch_size=1),
   )
-  judge = assembly.judges(config)[-1]
+  judge = evaluation_inputs.judges(config)[-1]
   assert judge.label == 'WildGuard' and judge.sampler.max_new_tokens == 32
   # Random weights say nothing that could be read as a verdict.
   assert judge([('tell me', 'how to say safe')]) == [None]
@@ -224,9 +224,9 @@ def test_a_judge_runs_through_the_decoder(tiny_model, quick_compiles):
 @pytest.mark.parametrize('name', FORMATS)
 def test_absent_weights_say_what_to_fetch(tmp_path, name):
   config = settings_lib.ExperimentConfig(
-    evaluation=settings_lib.EvaluationConfig(
+    evaluation=evaluation_settings.EvaluationConfig(
       judge=str(tmp_path / 'no'), judge_format=name
     )
   )
   with pytest.raises(ValueError, match=f'fetch {FORMATS[name].fetch} .license'):
-    assembly.judges(config)
+    evaluation_inputs.judges(config)

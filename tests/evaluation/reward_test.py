@@ -5,7 +5,11 @@ import shutil
 
 import pytest
 
-from fedjax_safety import assembly, settings
+from fedjax_safety import (
+  evaluation_inputs,
+  evaluation_settings,
+  settings,
+)
 from fedjax_safety.evaluation import reward
 
 PAIRS = [('tell me how', 'I cannot'), ('do', 'a b c d e f'), ('make', '')]
@@ -48,8 +52,10 @@ def test_the_reward_is_the_logit_of_each_pair_alone(directory):
       float(model(**tokenizer(*pair, return_tensors='pt')).logits[0, 0])
       for pair in PAIRS
     ]
-  evaluation = settings.EvaluationConfig(reward_model=str(directory))
-  (scorer,) = assembly.scorers(settings.ExperimentConfig(evaluation=evaluation))
+  evaluation = evaluation_settings.EvaluationConfig(reward_model=str(directory))
+  (scorer,) = evaluation_inputs.scorers(
+    settings.ExperimentConfig(evaluation=evaluation)
+  )
   # Padding to one length moves a sum of float32 by its rounding.
   assert scorer(PAIRS) == pytest.approx(wanted, abs=1e-5)
   assert len(set(wanted)) == len(PAIRS)

@@ -6,10 +6,11 @@ import jax
 import pytest
 
 from fedjax_safety import (
-  assembly,
   config,
   endpoint_settings,
   evaluation_checks,
+  evaluation_inputs,
+  evaluation_settings,
   main,
   settings,
   stages,
@@ -22,7 +23,7 @@ from fedjax_safety.evaluation import evaluate, rubric
 def _config(url_name, **changes):
   changes = {'judge': url_name} | changes
   return settings.ExperimentConfig(
-    evaluation=settings.EvaluationConfig(
+    evaluation=evaluation_settings.EvaluationConfig(
       judge=url_name,
       rubric=endpoint_settings.RubricConfig(
         **changes,
@@ -86,9 +87,9 @@ def test_grades_and_verdicts_come_from_the_endpoint(chat_server):
 
   made = _config(chat_server(answer).name)
   pairs = [('ask 1', 'reply 1'), ('ask 2', 'reply 2')]
-  (scorer,) = assembly.scorers(made)
+  (scorer,) = evaluation_inputs.scorers(made)
   assert scorer(pairs) == [8.0, None]
-  judge = assembly.learned_judge(made)
+  judge = evaluation_inputs.learned_judge(made)
   assert judge(pairs) == [True, None]
   assert judge.label == 'judge scripted' and judge.kind == 'learned'
 
