@@ -145,3 +145,37 @@ def pad_rank(adapter: Tree, rank: int) -> Tree:
     }
 
   return jax.tree.map(pad, adapter, is_leaf=is_pair)
+
+
+def side_by_side(adapters: Sequence[Tree]) -> Tree:
+  """Returns adapters as one tree, `[layers, M, ...]`, to choose from by row.
+
+  Ranks are padded and pairs that an adapter lacks are zero, so that every
+  product stays what it was; an empty tree is no adapter.
+
+  Args:
+    adapters: M adapters of one decoder.
+
+  Raises:
+    ValueError: one holds a number that is not finite, which would reach the
+      rows of the others.
+  """
+  for number, adapter in enumerate(adapters):
+    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(adapter)):
+      raise ValueError(
+        f'adapter {number} holds numbers that are not finite; it cannot share '
+        f'a batch with others'
+      )
+  return _side_by_side(list(adapters))
+
+
+def _side_by_side(nodes: Sequence[Tree]) -> Tree:
+  """Joins the same node of every adapter; at least one is not empty."""
+  names = dict.fromkeys(name for node in nodes for name in node)
+  if set(names) != {'a', 'b'}:
+    return {n: _side_by_side([x.get(n, {}) for x in nodes]) for n in names}
+  pairs = [node for node in nodes if node]
+  rank = max(pair['a'].shape[-1] for pair in pairs)
+  zero = jax.tree.map(jnp.zeros_like, pairs[0])
+  padded = [pad_rank(node or zero, rank) for node in nodes]
+  return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *padded)

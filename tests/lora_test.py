@@ -153,3 +153,39 @@ def test_padding_keeps_the_product():
   _assert_trees_equal(lora.pad_rank(adapter, 2), adapter)
   with pytest.raises(ValueError, match='rank=1 is below rank 2'):
     lora.pad_rank(adapter, 1)
+
+
+def test_adapters_side_by_side_keep_their_products():
+  keys = jax.random.split(jax.random.key(0), 4)
+  one = {
+    'layers': {'q': _random_pair(keys[0], 2), 'v': _random_pair(keys[1], 2)}
+  }
+  two = {'layers': {'q': _random_pair(keys[2], 3)}}
+  joined = lora.side_by_side([one, {}, two])['layers']
+  for number, adapter in enumerate((one['layers'], {}, two['layers'])):
+    for name, pairs in joined.items():
+      own = jax.tree.map(lambda x, i=number: x[:, i], pairs)
+      if name not in adapter:
+        assert not own['a'].any() and not own['b'].any()
+        continue
+      expected = lora.pad_rank(adapter[name], 3 if name == 'q' else 2)
+      jax.tree.map(np.testing.assert_array_equal, own, expected)
+
+
+def test_an_adapter_that_is_not_finite_shares_no_batch():
+  good, bad = (
+    _random_pair(jax.random.key(0), 2),
+    _random_pair(jax.random.key(1), 2),
+  )
+  bad['b'] = bad['b'].at[0, 0, 0].set(np.nan)
+  with pytest.raises(ValueError, match='adapter 1 holds numbers that are not'):
+    lora.side_by_side([{'q': good}, {'q': bad}])
+
+
+def _random_pair(key, rank):
+  """Draws the factors of three layers."""
+  a_key, b_key = jax.random.split(key)
+  return {
+    'a': jax.random.normal(a_key, (3, 8, rank)),
+    'b': jax.random.normal(b_key, (3, rank, 6)),
+  }

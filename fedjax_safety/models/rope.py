@@ -115,7 +115,8 @@ def cos_sin(
   rope, width = config.rope, config.head_width
   if windowed and config.local_rope is not None:
     rope = config.local_rope
-  length = positions.max() + 1
+  # Of each row by itself: what it shares a batch with must not matter.
+  length = positions.max(axis=1)[:, None, None] + 1
   scale = 1.0
   if rope.kind == 'yarn':
     inv_freq, scale = _yarn(rope, width, config.max_positions)

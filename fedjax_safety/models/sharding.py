@@ -140,6 +140,43 @@ def by_example(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
   )
 
 
+def by_row(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+  """Splits caches `[B, G, T, K]` by row over `clients` and `fsdp`.
+
+  The heads are split over `tp`. An axis that does not divide a size leaves it
+  whole.
+
+  Args:
+    tree: arrays.
+    mesh: devices to split over; None returns them as they are.
+  """
+  if mesh is None:
+    return tree
+
+  def fitting(size, axes):
+    chosen, count = [], 1
+    for axis in axes:
+      if size % (count * mesh.shape[axis]) == 0:
+        chosen.append(axis)
+        count *= mesh.shape[axis]
+    return tuple(chosen) or None
+
+  def split(x):
+    rows, heads = x.shape[:2]
+    spec = P(fitting(rows, ('clients', 'fsdp')), fitting(heads, ('tp',)))
+    return jax.lax.with_sharding_constraint(
+      x, jax.sharding.NamedSharding(mesh, spec)
+    )
+
+  return jax.tree.map(split, tree)
+
+
+def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
+  """Returns the mesh over which a tree of arrays lies, None for one device."""
+  (layout, *_) = (leaf.sharding for leaf in jax.tree.leaves(tree))
+  return layout.mesh if layout.num_devices > 1 else None
+
+
 def like_adapter(
   tree: Any, adapter: Mapping[str, Any], mesh: jax.sharding.Mesh
 ) -> Any:

@@ -12,20 +12,22 @@ Sight = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def make(
-  config: config_lib.DecoderConfig, positions: jax.Array, reach: int
+  config: config_lib.DecoderConfig, positions: jax.Array, held: jax.Array
 ) -> tuple[Sight | tuple[Sight, Sight], jax.Array | None]:
   """Returns what layers see from some positions.
 
   Args:
     config: the decoder's config.
     positions: `int32[B or 1, L]` position of each token.
-    reach: positions that could be seen, T.
+    held: `int32[B or 1, T]` position of each token that could be seen; a
+      window of T or more spans them all.
 
   Returns:
     What every layer sees, and None. Or, where layers differ, what those
     without and with a window see, and which have one, `bool[layers]`.
   """
-  mask = jnp.arange(reach)[None, None] <= positions[..., None]
+  held, reach = held[:, None], held.shape[1]
+  mask = held <= positions[..., None]
   full = (*rope.cos_sin(config, positions), mask)
   # A window that spans everything is no window.
   narrow = any(config.windowed) and config.window < reach
@@ -33,7 +35,7 @@ def make(
     return full, None
   if narrow:
     first = positions[..., None] - config.window + 1
-    mask &= jnp.arange(reach)[None, None] >= first
+    mask &= held >= first
   windowed = (*rope.cos_sin(config, positions, windowed=True), mask)
   if all(config.windowed):
     return windowed, None

@@ -52,6 +52,7 @@ def serving(
   """
   model = assembly.tuned_model(settings)
   tokenizer = model.tokenizer
+  end_ids = load.load_stop_ids(model.directory, tokenizer)
   loaders: dict[str, Callable[[], types.Adapter | None]] = {
     BASE: lambda: None,
     **{
@@ -65,13 +66,14 @@ def serving(
       model.base_params,
       loaders,
       batch_size=settings.performance.generation_batch_size,
+      end_ids=end_ids,
     ),
     models=tuple(loaders),
     encode=lambda text: tokenizer(text)['input_ids'],
     encode_chat=functools.partial(_encode_chat, model),
     decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
     decode_token=tokenizer.decode,
-    end_ids=load.load_stop_ids(model.directory, tokenizer),
+    end_ids=end_ids,
     max_positions=model.config.max_positions,
     vocab_size=model.config.vocab_size,
     chat_tokens=settings.evaluation.max_new_tokens,

@@ -9,7 +9,7 @@ import pytest
 
 from fedjax_safety import lora as lora_lib
 from fedjax_safety.models import config as config_lib
-from fedjax_safety.models import decoder, load
+from fedjax_safety.models import decoder, kv_cache, load
 
 # Nine tokens fit the context of the tiny models; forty are beyond it.
 SHORT, LONG = 9, 40
@@ -19,10 +19,10 @@ def _tokens(length, rows=2):
   return np.random.default_rng(0).integers(0, 48, (rows, length), np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(model, variables, tokens, positions=None, cache=None):
+@functools.partial(jax.jit, static_argnums=0, static_argnames='keep')
+def _apply(model, variables, tokens, positions=None, **kwargs):
   """Runs a decoder; equal decoders and shapes compile once for all tests."""
-  return model.apply(variables, tokens, positions, cache)
+  return model.apply(variables, tokens, positions, **kwargs)
 
 
 def _logits(config, params, tokens):
@@ -118,39 +118,35 @@ def test_bfloat16_computation_stays_near_float32(hf_config, random_params):
 
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'gemma3_text'])
 def test_cached_decode_equals_the_forward(hf_config, random_params, family):
+  """Rows at positions of their own write one slot after another, in a ring."""
   config = config_lib.from_hf(hf_config(family))
   params, model = random_params(config), decoder.Decoder(config)
-  tokens = _tokens(SHORT)
-  cache = decoder.empty_cache(config, 2, 12)
-  prompt = jnp.broadcast_to(jnp.arange(6), (2, 6))
-  logits, cache = _apply(
-    model, {'params': params}, tokens[:, :6], prompt, cache
+  tokens, lengths = _tokens(SHORT + 3), np.array([3, 6])
+  logits, kept = _apply(model, {'params': params}, tokens[:, :6], keep=True)
+  cache = kv_cache.replace_rows(
+    kv_cache.empty(config, 3, 6 + 4), np.array([2, 0]), kept, lengths
   )
-  found = [logits]
-  for position in range(6, SHORT):
-    token, where = tokens[:, [position]], jnp.full((2, 1), position)
-    logits, cache = _apply(model, {'params': params}, token, where, cache)
-    found.append(logits)
+  found = [logits[np.arange(2), lengths - 1]]
   full = _logits(config, params, tokens)
-  np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=1e-5)
-
-
-def test_rows_decode_at_their_own_positions(hf_config, random_params):
-  config = config_lib.from_hf(hf_config())
-  params, model = random_params(config), decoder.Decoder(config)
-  tokens, lengths = _tokens(6), np.array([3, 5])
-  cache = decoder.empty_cache(config, 2, 12)
-  # A position beyond the cache is dropped, so padding leaves no trace.
-  prompt = np.where(np.arange(6) < lengths[:, None], np.arange(6), 12)
-  _, cache = _apply(model, {'params': params}, tokens, prompt, cache)
-  logits, _ = _apply(
-    model, {'params': params}, tokens[:, 5:], lengths[:, None], cache
-  )
-  alone = np.zeros((2, SHORT), np.int32)
+  for step in range(4):
+    position = np.array([6, 0, 3]) + step
+    # The second row is idle, and a third of the ring is used before.
+    token = tokens[[1, 0, 0], position]
+    logits, cache = _apply(
+      model,
+      {'params': params},
+      token[:, None],
+      position[:, None],
+      cache=cache,
+      slot=6 + (3 + step) % 4,
+    )
+    found.append(logits[[2, 0], 0])
   for row, length in enumerate(lengths):
-    alone[row, : length + 1] = [*tokens[row, :length], tokens[row, 5]]
-  expected = _logits(config, params, alone)[np.arange(2), lengths]
-  np.testing.assert_allclose(logits[:, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(
+      [logits[row] for logits in found],
+      full[row, length - 1 : length + 4],
+      atol=1e-5 * np.abs(full).max(),
+    )
 
 
 def test_right_padding_is_harmless(hf_config, random_params):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import transformers
 
+from fedjax_safety.models import batcher, decoder, families, load
 from fedjax_safety.models import config as config_lib
-from fedjax_safety.models import decoder, families, load, sampler
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 
@@ -145,21 +145,25 @@ def test_logits_and_answers_equal_transformers(
     np.testing.assert_allclose(found[:length], expected, atol=1e-4, rtol=0)
   if index == _BY_LENGTH:
     return
-  answers = sampler.generate_tokens(
+  key = np.zeros(2, np.uint32)
+  requests = [
+    batcher.Request(row[:length], key, NUM_NEW)
+    for row, length in zip(tokens, lengths, strict=True)
+  ]
+  # The third prompt takes the place of the first that ends.
+  answers = batcher.run(
     model,
     params,
     {},
-    padded,
-    lengths,
-    jax.random.split(jax.random.key(0), 3),
-    1.0,
-    1.0,
-    max_new_tokens=NUM_NEW,
-    eos_ids=(-5,),
-    greedy=True,
+    requests,
+    rows=2,
+    new_slots=NUM_NEW,
+    length_bucket=LENGTH,
+    stop_ids=(),
   )
-  for row, length, found in zip(tokens, lengths, answers, strict=True):
-    np.testing.assert_array_equal(found, _answer(reference, row[:length]))
+  for index, found in answers:
+    expected = _answer(reference, tokens[index, : lengths[index]])
+    np.testing.assert_array_equal(found, expected)
 
 
 def _answer(reference, prompt):

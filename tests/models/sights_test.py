@@ -22,7 +22,7 @@ LOCAL = rope_config.RopeConfig(100.0)
 
 def _make(positions, reach, **fields):
   config = config_lib.DecoderConfig(**SIZES | fields)
-  return sights.make(config, jnp.asarray(positions), reach)
+  return sights.make(config, jnp.asarray(positions), jnp.arange(reach)[None])
 
 
 def _seen(positions, reach, window):
