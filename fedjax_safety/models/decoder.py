@@ -120,7 +120,8 @@ class Block(nn.Module):
   """Attention and gated MLP, each behind its norm and residual.
 
   It hands on the updated cache if it was given one, or else its keys and
-  values if it is to keep them.
+  values if it is to keep them. In a step, one token a row, the weights stay
+  where they are on a mesh; otherwise each device gathers them for its examples.
   """
 
   config: config_lib.DecoderConfig
@@ -129,6 +130,7 @@ class Block(nn.Module):
   mesh: jax.sharding.Mesh | None = None
   kernel: str | None = None
   keep: bool = False
+  step: bool = False
 
   def _dense(self, features: int, name: str, choice):
     """Returns a projection that knows each row's adapter."""
@@ -139,7 +141,7 @@ class Block(nn.Module):
       self.lora_dropout,
       self.config.dtype,
       self.config.quantization,
-      self.mesh,
+      None if self.step else self.mesh,
       name=name,
     )
     return functools.partial(dense, choice=choice)
@@ -177,6 +179,8 @@ class Block(nn.Module):
       else:
         out = softcap.attend(q, k, v, mask, c.attention_cap)
     out = out.reshape(*x.shape[:-1], -1)
+    if self.step:
+      out = sharding.like_weights(out, 'tp', self.mesh)
     return self._dense(c.width, 'o_proj', choice)(out), kept
 
   @nn.compact
@@ -196,6 +200,8 @@ class Block(nn.Module):
     out = self._dense(c.width, 'down_proj', choice)(gated)
     if c.output_norms:
       out = self._norm('post_feedforward_layernorm')(out)
+    if self.step:
+      return sharding.like_weights(x + out, 'fsdp', self.mesh), kept
     return sharding.by_example(x + out, self.mesh), kept
 
 
@@ -248,8 +254,9 @@ class Decoder(nn.Module):
 
   def _step(self, x, sight, windowed, choice, cache, slot):
     """Runs the blocks one by one, each with its layer of the cache."""
+    c = self.config
     block = Block(
-      self.config, self.lora_scale, self.lora_dropout, self.mesh, parent=None
+      c, self.lora_scale, self.lora_dropout, self.mesh, step=True, parent=None
     )
     layers = []
     for number, layer in enumerate(cache.layers):
@@ -284,8 +291,7 @@ class Decoder(nn.Module):
 
     Args:
       tokens: `int32[B, L]`; L is 1 with a cache.
-      positions: `int32[B, L]`; 0, 1, ... by default. That of padding may be
-        its row's last.
+      positions: `int32[B, L]`; 0, 1, ... by default; padding may repeat one.
       cache: what was read before.
       slot: `int32[]`, where the cache takes the tokens.
       choice: `int32[B]`, which of the adapters each row has, -1 for none; the
@@ -313,7 +319,11 @@ class Decoder(nn.Module):
     embedding = self.param(
       'embed_tokens', nn.initializers.normal(0.02), (c.vocab_size, c.width)
     )
-    x = sharding.by_example(embedding[tokens].astype(c.dtype), self.mesh)
+    x = embedding[tokens].astype(c.dtype)
+    if cache is None:
+      x = sharding.by_example(x, self.mesh)
+    else:
+      x = sharding.like_weights(x, 'fsdp', self.mesh)
     if c.scaled_embedding:
       x = x * jnp.asarray(c.width**0.5, c.dtype)
     if cache is None:
@@ -322,10 +332,10 @@ class Decoder(nn.Module):
       x, kept = self._step(x, sight, windowed, choice, cache, slot)
     if last_only is not None:
       x = jnp.take_along_axis(x, last_only[:, None, None], axis=1)[:, 0]
-    logits = self._logits(x, embedding, head_apart)
+    logits = self._logits(x, embedding, head_apart, gather=cache is None)
     return logits if kept is None else (logits, kept)
 
-  def _logits(self, x, embedding, head_apart):
+  def _logits(self, x, embedding, head_apart, *, gather: bool):
     """Returns the logits after some activations, or their factors."""
     c = self.config
     x = RMSNorm(c.norm_eps, c.shifted_norms, name='norm')(x)
@@ -334,7 +344,8 @@ class Decoder(nn.Module):
     else:
       shape = (c.width, c.vocab_size)
       head = self.param('lm_head', nn.initializers.normal(0.02), shape)
-      head = sharding.gather(head, ('lm_head',), mesh=self.mesh)
+      if gather:
+        head = sharding.gather(head, ('lm_head',), mesh=self.mesh)
     if head_apart:
       return x, head.astype(c.dtype)
     return to_logits(c, x @ head.astype(c.dtype))

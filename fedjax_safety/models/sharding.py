@@ -140,6 +140,16 @@ def by_example(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
   )
 
 
+def _fitting(size: int, axes: Sequence[str], mesh) -> tuple[str, ...] | None:
+  """Returns those axes, taken in turn, that divide a size."""
+  chosen, count = [], 1
+  for axis in axes:
+    if size % (count * mesh.shape[axis]) == 0:
+      chosen.append(axis)
+      count *= mesh.shape[axis]
+  return tuple(chosen) or None
+
+
 def by_row(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
   """Splits caches `[B, G, T, K]` by row over `clients` and `fsdp`.
 
@@ -153,22 +163,35 @@ def by_row(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
   if mesh is None:
     return tree
 
-  def fitting(size, axes):
-    chosen, count = [], 1
-    for axis in axes:
-      if size % (count * mesh.shape[axis]) == 0:
-        chosen.append(axis)
-        count *= mesh.shape[axis]
-    return tuple(chosen) or None
-
   def split(x):
-    rows, heads = x.shape[:2]
-    spec = P(fitting(rows, ('clients', 'fsdp')), fitting(heads, ('tp',)))
+    rows = _fitting(x.shape[0], ('clients', 'fsdp'), mesh)
+    spec = P(rows, _fitting(x.shape[1], ('tp',), mesh))
     return jax.lax.with_sharding_constraint(
       x, jax.sharding.NamedSharding(mesh, spec)
     )
 
   return jax.tree.map(split, tree)
+
+
+def like_weights(
+  x: jax.Array, axis: str, mesh: jax.sharding.Mesh | None
+) -> jax.Array:
+  """Splits activations `[B, 1, D]` as the kernel they meet next is split.
+
+  The few tokens of a step then go to the weights, which stay where they are.
+
+  Args:
+    x: activations.
+    axis: that of the kernel's inputs, `fsdp` or `tp`.
+    mesh: devices to split over; None returns them as they are.
+  """
+  if mesh is None:
+    return x
+  rows = _fitting(x.shape[0], ('clients',), mesh)
+  spec = P(rows, None, _fitting(x.shape[2], (axis,), mesh))
+  return jax.lax.with_sharding_constraint(
+    x, jax.sharding.NamedSharding(mesh, spec)
+  )
 
 
 def mesh_of(tree: Any) -> jax.sharding.Mesh | None:

@@ -288,6 +288,7 @@ def extend(
     was added, and the table.
   """
   variables = {'params': base_params, 'lora': adapter}
+  model = model.clone(mesh=mesh)
   ring = table.cache.held.shape[1] - prompt_slots
   asked = table.asked
 

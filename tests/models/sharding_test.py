@@ -1,6 +1,7 @@
 """Tests of meshes and of a model that is spread over eight devices."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -12,8 +13,15 @@ import numpy as np
 import pytest
 
 from fedjax_safety import lora
+from fedjax_safety.models import (
+  batcher,
+  decoder,
+  export,
+  families,
+  sharding,
+  weights,
+)
 from fedjax_safety.models import config as config_lib
-from fedjax_safety.models import decoder, export, families, sharding, weights
 
 P = jax.sharding.PartitionSpec
 
@@ -89,6 +97,38 @@ PROGRAM = """
       'gradient': values_of(gradient),
       'logits': np.asarray(logits).tolist(),
     }))
+"""
+
+# Generates on eight devices; prints the tokens, and every collective of a step.
+GENERATE = """
+  import json, re, sys
+  import numpy as np
+  from fedjax_safety.models import (
+    batcher, decoder, load, sharding, stepper
+  )
+
+  GATHER = r'= [a-z0-9]+\\[([0-9,]*)\\]\\S* all-gather'
+  mesh = sharding.make_mesh(2, 2, 2)
+  config, params = load.load(sys.argv[1], mesh=mesh)
+  model = decoder.Decoder(config)
+  requests = [
+    batcher.Request(prompt, np.zeros(2, np.uint32), 5)
+    for prompt in json.loads(sys.argv[2])
+  ]
+  found = dict(batcher.run(
+    model, params, {}, requests,
+    rows=4, new_slots=5, length_bucket=8, stop_ids=(),
+  ))
+  table = stepper.empty(config, rows=4, slots=13, mesh=mesh)
+  step = stepper.extend.lower(
+    model, params, {}, table, np.ones(4, bool), np.int32(4), prompt_slots=8,
+    num_steps=5, stop_ids=(), num_top=None, greedy=True, mesh=mesh,
+  ).compile()
+  print(json.dumps({
+    'tokens': [found[i].tolist() for i in range(len(requests))],
+    'split': table.cache.layers[0][0].sharding.shard_shape((4, 2, 13, 4)),
+    'gathered': re.findall(GATHER, step.as_text()),
+  }))
 """
 
 # Looks tokens up, then keeps the examples split, in our partition of the
@@ -197,6 +237,31 @@ def test_eight_devices_equal_one(model):
   assert first['split'][kernel] == [2, 8, 8]
   assert second['split'][kernel] == [2, 4, 8]
   assert second['split']["['embed_tokens']"] == [24, 16]
+
+
+def test_generation_leaves_the_weights_where_they_are(model):
+  config, params, directory = model
+  rng = np.random.default_rng(2)
+  prompts = [rng.integers(0, 48, n).tolist() for n in (3, 7, 2, 5, 4, 6)]
+  output, _ = _run_on_eight(GENERATE, str(directory), json.dumps(prompts))
+  record = json.loads(output)
+  alone = batcher.run(
+    decoder.Decoder(config),
+    params,
+    {},
+    [batcher.Request(p, np.zeros(2, np.uint32), 5) for p in prompts],
+    rows=2,
+    new_slots=5,
+    length_bucket=8,
+    stop_ids=(),
+  )
+  for index, tokens in alone:
+    assert record['tokens'][index] == tokens.tolist()
+  # Rows over clients and fsdp, heads over tp.
+  assert record['split'] == [1, 1, 13, 4]
+  # Of a token a row, and of nothing as large as a kernel's shard.
+  sizes = [math.prod(map(int, s.split(','))) for s in record['gathered']]
+  assert max(sizes, default=0) < 16 * 8 / 4
 
 
 def test_token_lookup_does_not_gather_the_table():
