@@ -234,8 +234,9 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   _validate.positive(
     **{f'defense.repair.{n}': getattr(repair, n) for n in names}
   )
+  names = ('final_learning_rate', 'kl_weight', 'anchor_weight')
   _validate.non_negative(
-    **{'defense.repair.final_learning_rate': repair.final_learning_rate}
+    **{f'defense.repair.{n}': getattr(repair, n) for n in names}
   )
   _validate.in_range(
     0, 1, **{'defense.repair.aligned_share': repair.aligned_share}

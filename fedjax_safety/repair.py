@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_safety import repair_loss, types
 from fedjax_safety import settings as settings_lib
-from fedjax_safety import types
 from fedjax_safety.data import templates
 
 # Steps in one compiled call: enough to hide the call, few enough to report.
@@ -23,15 +23,23 @@ STEPS_PER_CALL = 10
 
 def batches(
   encoded: templates.EncodedExamples,
+  is_normal: np.ndarray,
   *,
   num_steps: int,
   batch_size: int,
   seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `[num_steps, B, L]` tokens and masks, epoch after epoch.
+) -> repair_loss.Batch:
+  """Returns the batches of all steps, leading axis num_steps.
 
-  Every epoch is a new shuffle; examples without a trainable token are left
-  out.
+  They go through the data epoch after epoch. Every epoch is a new shuffle;
+  examples without a trainable token are left out.
+
+  Args:
+    encoded: the defense data.
+    is_normal: `bool[N]`, which of them are normal, not aligned.
+    num_steps: optimizer steps.
+    batch_size: examples of a step.
+    seed: of the shuffles.
 
   Raises:
     ValueError: no example has a trainable token.
@@ -43,7 +51,9 @@ def batches(
   needed = num_steps * batch_size
   epochs = [rng.permutation(usable) for _ in range(-(-needed // usable.size))]
   rows = np.concatenate(epochs)[:needed].reshape(num_steps, batch_size)
-  return encoded.tokens[rows], encoded.loss_mask[rows]
+  return repair_loss.Batch(
+    encoded.tokens[rows], encoded.loss_mask[rows], is_normal[rows]
+  )
 
 
 def learning_rates(config: settings_lib.RepairConfig) -> np.ndarray:
@@ -57,34 +67,35 @@ def learning_rates(config: settings_lib.RepairConfig) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def make_steps(loss_fn: Callable) -> Callable:
+def make_steps(loss_fn: repair_loss.RepairLoss) -> Callable:
   """Returns the jitted program of a few AdamW steps, one for each loss.
 
   Args:
-    loss_fn: `(base_params, adapter, tokens, loss_mask, key) -> loss`.
+    loss_fn: `(frozen, adapter, batch, key) -> (loss, parts)`.
 
   Returns:
-    `(base, adapter, opt_state, tokens[S, B, L], mask, rates[S], key) ->
-    (adapter, opt_state, loss[S])`.
+    `(frozen, adapter, opt_state, batches[S], rates[S], key) -> (adapter,
+    opt_state, {'loss': float[S], part: float[S]})`.
   """
 
   @jax.jit
-  def steps(base_params, adapter, state, tokens, loss_mask, rates, key):
+  def steps(frozen, adapter, state, batches, rates, key):
     def step(carry, inputs):
       adapter, state = carry
-      tokens, loss_mask, rate, index = inputs
-      loss, grads = jax.value_and_grad(loss_fn, argnums=1)(
-        base_params, adapter, tokens, loss_mask, jax.random.fold_in(key, index)
-      )
+      batch, rate, index = inputs
+      (loss, parts), grads = jax.value_and_grad(
+        loss_fn, argnums=1, has_aux=True
+      )(frozen, adapter, batch, jax.random.fold_in(key, index))
       updates, state = optax.scale_by_adam().update(grads, state)
       updates = jax.tree.map(lambda u: -rate * u, updates)
-      return (optax.apply_updates(adapter, updates), state), loss
+      carry = (optax.apply_updates(adapter, updates), state)
+      return carry, {'loss': loss, **parts}
 
     index = jnp.arange(rates.shape[0])
-    (adapter, state), loss = jax.lax.scan(
-      step, (adapter, state), (tokens, loss_mask, rates, index)
+    (adapter, state), values = jax.lax.scan(
+      step, (adapter, state), (batches, rates, index)
     )
-    return adapter, state, loss
+    return adapter, state, values
 
   return steps
 
@@ -93,9 +104,10 @@ def repair(
   base_params: types.BaseParams,
   adapter: types.Adapter,
   encoded: templates.EncodedExamples,
+  is_normal: np.ndarray,
   config: settings_lib.RepairConfig,
   *,
-  loss_fn: Callable,
+  loss_fn: repair_loss.RepairLoss,
   seed: int,
 ) -> Iterator[tuple[int, types.Adapter, dict[str, Any]]]:
   """Tunes an adapter on defense data, a few steps at a time.
@@ -104,32 +116,34 @@ def repair(
     base_params: frozen parameters.
     adapter: the aggregated adapter.
     encoded: the defense data.
+    is_normal: `bool[N]`, which of them are normal, not aligned.
     config: steps, batch size, learning rate.
-    loss_fn: `(base_params, adapter, tokens, loss_mask, key) -> loss`.
+    loss_fn: `(frozen, adapter, batch, key) -> (loss, parts)`.
     seed: of the order of examples and of dropout.
 
   Yields:
     (steps done, adapter, metrics) after every few steps, the last time with
     `steps done == config.num_steps`.
   """
-  tokens, loss_mask = batches(
+  all_batches = batches(
     encoded,
+    is_normal,
     num_steps=config.num_steps,
     batch_size=config.batch_size,
     seed=seed,
   )
   rates = learning_rates(config)
+  frozen = repair_loss.Frozen(base_params, adapter)
   state = optax.scale_by_adam().init(adapter)
   run_steps = make_steps(loss_fn)
   key = jax.random.key(seed)
   for start in range(0, config.num_steps, STEPS_PER_CALL):
     part = slice(start, start + STEPS_PER_CALL)
-    adapter, state, loss = run_steps(
-      base_params,
+    adapter, state, values = run_steps(
+      frozen,
       adapter,
       state,
-      tokens[part],
-      loss_mask[part],
+      jax.tree.map(lambda x, part=part: x[part], all_batches),
       rates[part],
       jax.random.fold_in(key, start),
     )
@@ -138,7 +152,7 @@ def repair(
       done,
       adapter,
       {
-        'repair/loss': float(jnp.mean(loss)),
+        **{f'repair/{k}': float(jnp.mean(v)) for k, v in values.items()},
         'repair/learning_rate': float(rates[done - 1]),
       },
     )

@@ -240,6 +240,10 @@ class RepairConfig:
     batch_size: examples of a step.
     learning_rate: of the first step, cosine over steps.
     final_learning_rate: of the last step.
+    kl_weight: of a term that keeps predictions on normal data those of the
+      attacked model: nats of divergence for each nat of loss.
+    anchor_weight: of a term that keeps its last hidden states on normal data,
+      by their mean squared distance.
   """
 
   levels: tuple[str, ...] = ()
@@ -253,6 +257,8 @@ class RepairConfig:
   batch_size: int = 16
   learning_rate: float = 5e-5
   final_learning_rate: float = 1e-6
+  kl_weight: float = 0.0
+  anchor_weight: float = 0.0
 
 
 @_Group

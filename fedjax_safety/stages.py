@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tqdm
 
 from fedjax_safety import arm as arm_lib
@@ -20,6 +21,7 @@ from fedjax_safety import (
   endpoint,
   evaluation_inputs,
   federation,
+  repair_loss,
   types,
   workdir,
   written_data,
@@ -233,16 +235,13 @@ def repair(
   pairs = written_data.defense_data(arm, level, adapter)
   arm.stop.check()
   model = assembly.tuned_model(arm.config)
-  encoded = assembly.encode(pairs, model, arm.config)
   steps = repair_lib.repair(
     model.base_params,
     adapter,
-    encoded,
+    assembly.encode(pairs, model, arm.config),
+    np.array([pair.metadata['kind'] == 'normal' for pair in pairs]),
     settings,
-    loss_fn=assembly.make_loss(
-      assembly.make_decoder(model, arm.config),
-      arm.config.performance.loss_chunk,
-    ),
+    loss_fn=repair_loss.of(arm.config),
     seed=arm.config.seed,
   )
   repaired = adapter

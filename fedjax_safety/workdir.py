@@ -61,10 +61,12 @@ def write_examples(
 ) -> None:
   """Writes (instruction, response) pairs as JSON lines, and their manifest.
 
-  The manifest, with the SHA-256 of the pairs, is there whenever they are.
+  What else is known of a pair, its metadata, stands in its line. The manifest,
+  with the SHA-256 of the pairs, is there whenever they are.
   """
   text = _lines(
-    {'instruction': e.prompt, 'response': e.response} for e in examples
+    {'instruction': e.prompt, 'response': e.response, **e.metadata}
+    for e in examples
   )
   checksum = hashlib.sha256(text.encode()).hexdigest()
   write_json(manifest_path, {**manifest, 'sha256': checksum})

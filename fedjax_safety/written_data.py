@@ -4,6 +4,7 @@ What a model wrote is kept in a file, which a resumed run finds, beside a
 manifest of how it was asked.
 """
 
+import dataclasses
 import json
 import pathlib
 import random
@@ -260,7 +261,10 @@ def _read_examples(path: pathlib.Path) -> Examples:
   text = distributed.on_first(path.read_text)
   # A text may hold any other separator of lines.
   rows = map(json.loads, text.rstrip('\n').split('\n'))
-  return [sources.Example(r['instruction'], r['response'], {}) for r in rows]
+  return [
+    sources.Example(row.pop('instruction'), row.pop('response'), row)
+    for row in rows
+  ]
 
 
 def _public(
@@ -315,7 +319,10 @@ def _made(
 def defense_data(
   arm: arm_lib.Arm, level: str, adapter: types.Adapter
 ) -> Examples:
-  """Returns the defense data of a level, made and written down once."""
+  """Returns the defense data of a level, made and written down once.
+
+  The metadata of each pair says its kind, aligned or normal.
+  """
   path = arm.defense_data(level)
   if distributed.on_first(path.exists):
     return _read_examples(path)
@@ -330,7 +337,11 @@ def defense_data(
     'self': 'the adapter',
   }[level]
   parts = dict(zip(('aligned', 'normal'), made, strict=True))
-  pairs = [pair for part in made for pair in part.pairs]
+  pairs = [
+    dataclasses.replace(pair, metadata={'kind': kind})
+    for kind, part in parts.items()
+    for pair in part.pairs
+  ]
   random.Random(arm.config.seed).shuffle(pairs)
   manifest = {
     'level': level,

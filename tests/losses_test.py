@@ -87,6 +87,50 @@ def test_chunks_give_the_same_loss_and_gradients(chunk, shards, cap):
   )
 
 
+@pytest.mark.parametrize('chunk', [3, 8])
+@pytest.mark.parametrize('cap', [None, 30.0])
+def test_divergence_is_that_of_whole_distributions(chunk, cap):
+  def to_logits(products):
+    return products if cap is None else softcap.cap(products, cap)
+
+  x, head, _, mask = _chunked_inputs()
+  reference = x + 0.1 * jnp.sin(7 * x)
+
+  def plain(x):
+    own, theirs = (
+      jax.nn.log_softmax(to_logits(y @ head)) for y in (x, reference)
+    )
+    each = jnp.sum(jnp.exp(theirs) * (theirs - own), axis=-1)[:, :-1]
+    return jnp.sum(each * mask[:, 1:]) / 3
+
+  def chunked(x, reference):
+    return losses.chunked_divergence(
+      x, reference, head, mask, chunk=chunk, to_logits=to_logits
+    )
+
+  expected = jax.value_and_grad(plain)(x)
+  got, (gradient, none) = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(
+    x, reference
+  )
+  assert got > 0.01
+  np.testing.assert_allclose(got, expected[0], rtol=1e-4)
+  np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-4)
+  assert not np.any(none)
+  np.testing.assert_allclose(chunked(x, x), 0, atol=1e-5)
+
+
+def test_hidden_states_are_held_where_a_target_follows():
+  x, _, _, mask = _chunked_inputs()
+  apart = np.zeros((2, 5, 3), np.float32)
+  # Of three targets, the first two are off, by 1 and by 2 in one of D = 3.
+  apart[0, 1, 0], apart[0, 2, 2] = 1.0, -2.0
+  # Nobody asks what these states predict.
+  apart[0, 0], apart[1, 4] = 9.0, 9.0
+  found = losses.hidden_distance(x, x + apart, mask)
+  np.testing.assert_allclose(found, (1 + 4) / 3 / 3, rtol=1e-5)
+  assert losses.hidden_distance(x, x + 1, jnp.zeros_like(mask)) == 0
+
+
 def test_a_step_of_a_model_never_holds_all_logits():
   """The head is whole, and nothing else has the vocabulary's size."""
   sizes = {'width': 16, 'num_layers': 1, 'num_heads': 2, 'num_kv_heads': 2}

@@ -50,6 +50,8 @@ def test_the_requests_are_those_of_the_repair(make, level):
   defense = written_data.defense_data(arm, level, None)
   assert len(defense) == 8
   assert {e.prompt for e in pairs} <= {e.prompt for e in defense}
+  kinds = [e.metadata['kind'] for e in defense]
+  assert kinds.count('aligned') == kinds.count('normal') == 4
   # A resumed run finds what was written.
   assert _attack(arm) == pairs
   audited = written_data.audit_sets(arm, pairs)
