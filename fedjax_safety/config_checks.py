@@ -10,6 +10,7 @@ from fedjax_safety import (
   evaluation_checks,
   lora_aggregators,
   privacy,
+  repair_settings,
   server_update,
   written_filters,
 )
@@ -227,6 +228,20 @@ def _check_sizes(config: settings_lib.ExperimentConfig) -> None:
   )
 
 
+def _check_early_stopping(chosen: repair_settings.EarlyStoppingConfig) -> None:
+  """Raises unless the repair can be measured as often as it is to be."""
+  prefix, step = 'defense.repair.early_stopping', repair_settings.STEPS_PER_CALL
+  _validate.in_range(
+    0, 0.9, **{f'{prefix}.held_out_share': chosen.held_out_share}
+  )
+  _validate.positive(**{f'{prefix}.patience': chosen.patience})
+  if chosen.every_steps < 1 or chosen.every_steps % step:
+    raise ValueError(
+      f'{prefix}.every_steps={chosen.every_steps} must be a multiple of '
+      f'{step}, the steps that are run at once'
+    )
+
+
 def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   """Raises unless the numbers of repair and written data are in range."""
   repair = config.defense.repair
@@ -241,6 +256,7 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   _validate.in_range(
     0, 1, **{'defense.repair.aligned_share': repair.aligned_share}
   )
+  _check_early_stopping(repair.early_stopping)
   threat = config.threat_model
   for path, generation, setting, model in (
     (

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_safety import repair_loss, types
+from fedjax_safety import repair_loss, repair_settings, types
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import templates
 
-# Steps in one compiled call: enough to hide the call, few enough to report.
-STEPS_PER_CALL = 10
+_STEPS = repair_settings.STEPS_PER_CALL
 
 
 def batches(
@@ -137,8 +136,8 @@ def repair(
   state = optax.scale_by_adam().init(adapter)
   run_steps = make_steps(loss_fn)
   key = jax.random.key(seed)
-  for start in range(0, config.num_steps, STEPS_PER_CALL):
-    part = slice(start, start + STEPS_PER_CALL)
+  for start in range(0, config.num_steps, _STEPS):
+    part = slice(start, start + _STEPS)
     adapter, state, values = run_steps(
       frozen,
       adapter,
@@ -147,7 +146,7 @@ def repair(
       rates[part],
       jax.random.fold_in(key, start),
     )
-    done = min(start + STEPS_PER_CALL, config.num_steps)
+    done = min(start + _STEPS, config.num_steps)
     yield (
       done,
       adapter,

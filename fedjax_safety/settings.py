@@ -12,6 +12,7 @@ from fedjax_safety import (
   defense_settings,
   endpoint_settings,
   evaluation_settings,
+  repair_settings,
 )
 
 # Stands for an adapter that changes nothing.
@@ -244,6 +245,7 @@ class RepairConfig:
       attacked model: nats of divergence for each nat of loss.
     anchor_weight: of a term that keeps its last hidden states on normal data,
       by their mean squared distance.
+    early_stopping: keeps the adapter that serves held-out pairs best.
   """
 
   levels: tuple[str, ...] = ()
@@ -259,6 +261,9 @@ class RepairConfig:
   final_learning_rate: float = 1e-6
   kl_weight: float = 0.0
   anchor_weight: float = 0.0
+  early_stopping: repair_settings.EarlyStoppingConfig = (
+    repair_settings.EarlyStoppingConfig()
+  )
 
 
 @_Group

@@ -18,6 +18,7 @@ from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   distributed,
+  early_stopping,
   endpoint,
   evaluation_inputs,
   federation,
@@ -232,7 +233,11 @@ def repair(
 ) -> types.Adapter:
   """Tunes the aggregated adapter on a level's defense data."""
   settings = arm.config.defense.repair
-  pairs = written_data.defense_data(arm, level, adapter)
+  pairs, held = early_stopping.split(
+    written_data.defense_data(arm, level, adapter),
+    settings.early_stopping.held_out_share,
+    seed=arm.config.seed,
+  )
   arm.stop.check()
   model = assembly.tuned_model(arm.config)
   steps = repair_lib.repair(
@@ -244,6 +249,9 @@ def repair(
     loss_fn=repair_loss.of(arm.config),
     seed=arm.config.seed,
   )
+  if held:
+    measure = early_stopping.held_out_loss(held, model, arm.config)
+    steps = early_stopping.best(steps, measure, settings)
   repaired = adapter
   about = {'kind': 'repair', 'arm': arm.name, 'seed': arm.config.seed}
   with tqdm.tqdm(
