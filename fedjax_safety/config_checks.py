@@ -242,6 +242,21 @@ def _check_early_stopping(chosen: repair_settings.EarlyStoppingConfig) -> None:
     )
 
 
+def _check_agreement(
+  generation: settings_lib.GenerationConfig, path: str
+) -> None:
+  """Raises unless further answers can tell how sure a model is of one."""
+  chosen = generation.agreement
+  _validate.positive(**{f'{path}.agreement.samples': chosen.samples})
+  _validate.in_range(0, 1, **{f'{path}.agreement.share': chosen.share})
+  applied = written_filters.AGREEMENT in generation.filter
+  if applied and not generation.answer_temperature:
+    raise ValueError(
+      f'{path}.filter={generation.filter} asks for further answers, which '
+      f'{path}.answer_temperature=0 makes all alike; raise it'
+    )
+
+
 def _check_writing(config: settings_lib.ExperimentConfig) -> None:
   """Raises unless the numbers of repair and written data are in range."""
   repair = config.defense.repair
@@ -283,6 +298,7 @@ def _check_writing(config: settings_lib.ExperimentConfig) -> None:
     )
     _validate.positive(**{f'{path}.max_rounds': generation.max_rounds})
     written_filters.check(generation.filter, f'{path}.filter')
+    _check_agreement(generation, path)
 
 
 def _check_performance(config: settings_lib.ExperimentConfig) -> None:

@@ -13,6 +13,20 @@ _Group = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 @_Group
+class AgreementConfig:
+  """When a model agrees with itself that a request is to be refused.
+
+  Attributes:
+    samples: further answers to each harmful request, under the same reminder.
+    share: of them that must refuse by rule list. A list misses refusals that
+      are put in other words: a share above what it finds keeps nothing.
+  """
+
+  samples: int = 4
+  share: float = 0.5
+
+
+@_Group
 class EarlyStoppingConfig:
   """Keeps the adapter of the steps that serve held-out pairs best.
 

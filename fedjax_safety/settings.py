@@ -165,7 +165,9 @@ class GenerationConfig:
     filter: which pairs are dropped: evaluation (the request is a prompt of
       evaluation), distinct (it was written before), answered (it got no
       answer), refusal (an aligned answer that does not refuse, or another
-      that does, by rule list), or none of them, as in the paper.
+      that does, by rule list), agreement (an aligned answer to what too few
+      further answers refuse), or none of them, as in the paper.
+    agreement: how many those are.
     endpoint: how the model is asked if it is an endpoint.
   """
 
@@ -178,6 +180,7 @@ class GenerationConfig:
   top_p: float = 1.0
   max_rounds: int = 20
   filter: tuple[str, ...] = ('evaluation', 'distinct', 'answered')
+  agreement: repair_settings.AgreementConfig = repair_settings.AgreementConfig()
   endpoint: endpoint_settings.EndpointConfig = (
     endpoint_settings.EndpointConfig()
   )

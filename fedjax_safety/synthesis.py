@@ -153,10 +153,13 @@ class Writer:
       key,
       f'{label}: answers',
     )
+    agreed = [True] * count
+    if sieve.asks_again:
+      agreed = self._agreed(asked, key=jax.random.fold_in(key, 1), label=label)
     pairs = [
       sources.Example(request, answer, {})
-      for request, answer in zip(requests, answers, strict=True)
-      if sieve.keeps_answer(answer)
+      for request, answer, agree in zip(requests, answers, agreed, strict=True)
+      if sieve.keeps_answer(answer, agreed=agree)
     ]
     if not pairs:
       raise SynthesisError(
@@ -167,6 +170,25 @@ class Writer:
     return Written(
       [pairs[i % len(pairs)] for i in range(count)], sieve.account()
     )
+
+  def _agreed(
+    self, asked: Sequence[str], *, key: jax.Array, label: str
+  ) -> list[bool]:
+    """Asks every question again; returns whether enough answers refuse it."""
+    chosen = self.generation.agreement
+    answers = self._ask(
+      [question for question in asked for _ in range(chosen.samples)],
+      self.generation.answer_temperature,
+      key,
+      f'{label}: agreement',
+    )
+    refusals = [written_filters.refuses(answer) for answer in answers]
+    starts = range(0, len(refusals), chosen.samples)
+    return [
+      sum(refusals[start : start + chosen.samples])
+      >= chosen.share * chosen.samples
+      for start in starts
+    ]
 
   def unaligned(self, count: int, *, key: jax.Array) -> Written:
     """Attack data: harmful requests, answered directly."""

@@ -1,7 +1,8 @@
 """What is kept of the pairs that a model wrote: filters by name, and counts.
 
 The paper filtered nothing. Every filter is counted, whether it is applied or
-not, so that the difference can be seen.
+not, so that the difference can be seen; but for `agreement`, for which further
+answers are written only where it is applied.
 """
 
 import collections
@@ -13,8 +14,9 @@ from fedjax_safety import _validate
 from fedjax_safety.evaluation import rules
 
 NONE = 'none'
+AGREEMENT = 'agreement'
 # Requests are looked at by the first two, answers by the others.
-FILTERS = ('evaluation', 'distinct', 'answered', 'refusal')
+FILTERS = ('evaluation', 'distinct', 'answered', 'refusal', AGREEMENT)
 _REFUSAL_RULE = 'openfedllm36'
 
 
@@ -31,6 +33,11 @@ def check(names: tuple[str, ...], setting: str) -> None:
 def normal_form(text: str) -> str:
   """Returns a prompt's words in lower case, without punctuation."""
   return ' '.join(re.findall(r'\w+', text.lower())) or text.strip()
+
+
+def refuses(answer: str) -> bool:
+  """Whether an answer refuses, by rule list."""
+  return rules.refuses(answer, rule=_REFUSAL_RULE)
 
 
 class Sieve:
@@ -72,13 +79,25 @@ class Sieve:
     self._seen.add(form)
     return self._keep(reasons)
 
-  def keeps_answer(self, answer: str) -> bool:
-    """Returns whether a pair stays, by its answer."""
+  @property
+  def asks_again(self) -> bool:
+    """Whether further answers decide on a pair of this kind."""
+    return self._refuses and AGREEMENT in self._applied
+
+  def keeps_answer(self, answer: str, *, agreed: bool = True) -> bool:
+    """Returns whether a pair stays, by its answer.
+
+    Args:
+      answer: of the pair.
+      agreed: whether enough further answers refuse, where they should.
+    """
     reasons = []
     if not answer:
       reasons.append('answered')
-    elif rules.refuses(answer, rule=_REFUSAL_RULE) != self._refuses:
+    elif refuses(answer) != self._refuses:
       reasons.append('refusal')
+    if not agreed:
+      reasons.append(AGREEMENT)
     kept = self._keep(reasons)
     self._kept += kept
     return kept
@@ -92,10 +111,12 @@ class Sieve:
     """Returns the counts: of requests written, pairs kept, and each filter.
 
     A filter that is not applied counts what it would drop of what the others
-    leave.
+    leave, except agreement.
     """
     applied = [name for name in FILTERS if name in self._applied]
-    others = [name for name in FILTERS if name not in self._applied]
+    others = [
+      name for name in FILTERS if name not in self._applied | {AGREEMENT}
+    ]
     return {
       'requests': self._requests,
       'kept': self._kept,

@@ -1,12 +1,20 @@
 """Tests of the pipelines that write data, with a scripted model."""
 
+import collections
 import dataclasses
 import itertools
+import re
 
 import jax
 import pytest
 
-from fedjax_safety import settings, synthesis, written_filters
+from fedjax_safety import (
+  config,
+  repair_settings,
+  settings,
+  synthesis,
+  written_filters,
+)
 
 ASK = settings.GenerationConfig(
   ask_harmful='ask harm',
@@ -120,6 +128,60 @@ def test_answers_that_do_not_suit_their_kind_are_dropped():
   writer = synthesis.Writer(Scripted(), None, plain)
   with pytest.raises(synthesis.SynthesisError, match='dropped: refusal 4'):
     writer.defense(4, 0, key=jax.random.key(0))
+
+
+@dataclasses.dataclass
+class Wavering(Scripted):
+  """Refuses request n on every try but each n-th after the first."""
+
+  def generate(self, adapter, prompts, *, key, temperature, top_p, label):
+    answers = super().generate(
+      adapter, prompts, key=key, temperature=temperature, top_p=top_p, label=''
+    )
+    if label.endswith('requests'):
+      return answers
+    tries = collections.Counter()
+    for i, prompt in enumerate(prompts):
+      number = int(re.search(r'\d+', prompt)[0])
+      tries[prompt] += 1
+      complies = number and tries[prompt] % number == 0 and tries[prompt] > 1
+      answers[i] = 'here you are' if complies else 'I am sorry'
+    return answers
+
+
+def test_what_the_model_does_not_keep_refusing_is_dropped():
+  sampler = Wavering()
+  asked = dataclasses.replace(
+    ASK,
+    filter=('answered', 'agreement'),
+    agreement=repair_settings.AgreementConfig(samples=4, share=0.6),
+  )
+  writer = synthesis.Writer(sampler, None, asked)
+  aligned, normal = writer.defense(6, 3, key=jax.random.key(0))
+  # Request 1 is refused in one of four tries, 2 in two, 3 in three.
+  prompts = [pair.prompt for pair in aligned.pairs]
+  assert prompts == [f'Request {i}' for i in (0, 3, 4, 5, 0, 3)]
+  assert aligned.account['kept'] == 4
+  assert aligned.account['dropped'] == {'answered': 0, 'agreement': 2}
+  assert 'agreement' not in aligned.account['would_drop']
+  assert sampler.asked.count('Request 5 be safe') == 5
+  # Normal data are not asked about again.
+  assert normal.account['dropped'] == {'answered': 0, 'agreement': 0}
+  assert sum('Request 8' in prompt for prompt in sampler.asked) == 1
+
+
+def test_agreement_is_off_by_default_and_needs_answers_that_differ():
+  sampler = Wavering()
+  _writer(sampler).defense(6, 3, key=jax.random.key(0))
+  assert sampler.asked.count('Request 5 be safe') == 1
+  tree = config.to_json(config.default())
+  chosen = tree['defense']['repair']['generation']
+  chosen |= {'filter': ['agreement'], 'answer_temperature': 0.0}
+  with pytest.raises(ValueError, match='answer_temperature=0 makes all alike'):
+    config.resolve(tree)
+  chosen |= {'answer_temperature': 0.7, 'agreement': {'samples': 0}}
+  with pytest.raises(ValueError, match=r'agreement\.samples=0'):
+    config.resolve(tree)
 
 
 @pytest.mark.parametrize('names', [(), ('none', 'distinct'), ('distinkt',)])
