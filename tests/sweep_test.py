@@ -230,3 +230,17 @@ class TestConfigs:
   def test_an_unknown_size_is_refused(self):
     with pytest.raises(ValueError, match="'small' is unknown"):
       config_file.load(f'{PAPER / "table1.py"}:small')
+
+  def test_ways_of_repair_share_the_federation_that_they_repair(self):
+    made = config_file.load(str(PAPER.parent / 'repair_beyond.py'))
+    arms = {
+      arm: settings for (arm, _), settings in config.resolve(made).items()
+    }
+    assert {row['arm'] for row in made['paper']['rows']} == set(arms)
+    attacked = [arms[name] for name in arms if name != 'no_attack']
+    assert len({sweep._rounds(settings) for settings in attacked}) == 1
+    both = arms['self_all'].defense.repair
+    assert both.kl_weight and both.anchor_weight
+    assert both.early_stopping.held_out_share
+    assert 'agreement' in both.generation.filter
+    assert arms['attacked'].defense.repair.kl_weight == 0
