@@ -16,10 +16,8 @@ figures are printed.
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import time
 
@@ -27,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import peers
 from fedjax_safety import (
   aggregators,
   client_update,
@@ -48,11 +47,7 @@ def _parse_args() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-
-  def flag(name, default, text):
-    parser.add_argument(
-      name, type=int, default=default, help=f'{text} (default {default})'
-    )
+  flag = functools.partial(peers.add_number, parser)
 
   parser.add_argument(
     '--batch',
@@ -71,9 +66,7 @@ def _parse_args() -> argparse.Namespace:
   flag('--vocab', 300, 'rows of the embedding')
   flag('--repetitions', 7, 'timed runs of each side')
   flag('--chunk', 0, 'clients trained at once; 0 lets the round choose')
-  parser.add_argument(
-    '--ours_only', action='store_true', help='do not run the peer'
-  )
+  peers.add_ours_only(parser)
   return parser.parse_args()
 
 
@@ -357,39 +350,11 @@ def _summary(runs: dict[str, list[dict]], num_tokens: int) -> dict:
   return out
 
 
-def _machine() -> dict:
-  """Returns what the figures depend on besides the code."""
-  try:
-    with open('/proc/cpuinfo') as f:
-      names = [x.split(':')[1].strip() for x in f if 'model name' in x]
-  except OSError:
-    names = []
-  packages = ('jax', 'flax', 'optax', 'torch', 'transformers', 'peft')
-  versions = {'python': platform.python_version()}
-  for package in packages:
-    try:
-      versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      versions[package] = None
-  return {
-    'cpu': names[0] if names else platform.processor(),
-    'cores': os.cpu_count(),
-    'device': str(jax.devices()[0]),
-    'xla_flags': os.environ.get('XLA_FLAGS', ''),
-    'versions': versions,
-  }
-
-
 def main():
   args = _parse_args()
   args.batch = args.batch or [16, 1]
-  machine = _machine()
-  missing = [
-    name
-    for name in ('torch', 'transformers', 'peft')
-    if machine['versions'][name] is None
-  ]
-  report = {'machine': machine, 'shapes': vars(args)}
+  missing = peers.missing()
+  report = {'machine': peers.machine(), 'shapes': vars(args)}
   if missing:
     report['note'] = f'no peer: {", ".join(missing)} not installed'
   with_peer = not (missing or args.ours_only)
