@@ -3,19 +3,22 @@
 FedAvg does nothing. FedProx pulls each client back to the server's adapter.
 SCAFFOLD corrects each client's gradients by how they are known to differ from
 all clients' gradients. Both are a correction of the gradient in a local step.
+So is Lisa, whose clients take turns between data of the server and their own.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_safety import _validate, tree, types
 
-# (gradients, adapter now, adapter that the server sent, what else was sent to
-# this client) -> gradients.
+# (gradients, adapter now, adapter that the server sent or that the client had
+# when it last changed data, what else was sent to this client) -> gradients.
 Correct = Callable[..., types.Adapter]
 
 
@@ -29,12 +32,16 @@ class ClientAlgorithm(NamedTuple):
       client, whose row of `sent` it gets; None leaves gradients alone.
     receive: `(state, client_id, deltas, length) -> state`, from the deltas
       that clients claim and the sum of their steps' learning rates.
+    aligns: `(S) -> bool[S]`, which local steps of honest clients take aligned
+      pairs that the server sent. Malicious clients then do as they like: they
+      neither take them nor correct. None takes no such step.
   """
 
   init: Callable[[types.Adapter], types.PyTree]
   send: Callable[..., types.PyTree]
   correct: Correct | None
   receive: Callable[..., types.PyTree]
+  aligns: Callable[[int], np.ndarray] | None = None
 
 
 class ScaffoldState(NamedTuple):
@@ -84,14 +91,48 @@ def fedprox(*, mu: float = 0.01) -> ClientAlgorithm:
   Optimization in Heterogeneous Networks. MLSys 2020.
   """
   _validate.positive(mu=mu)
+  return _keeps_nothing(functools.partial(_pull, mu))
 
-  def correct(grads, adapter, start, sent):
-    del sent
-    return jax.tree.map(
-      lambda g, w, w_t: g + mu * (w - w_t), grads, adapter, start
-    )
 
-  return _keeps_nothing(correct)
+def _pull(mu, grads, adapter, start, sent):
+  """Adds the gradient of `mu / 2 * |w - start|^2`."""
+  del sent
+  return jax.tree.map(
+    lambda g, w, w_t: g + mu * (w - w_t), grads, adapter, start
+  )
+
+
+def lisa(
+  *, mu: float = 1.0, alignment_steps: int = 1, own_steps: int = 4
+) -> ClientAlgorithm:
+  """Returns the algorithm of two states: on aligned data, and on its own.
+
+  Honest clients take steps on aligned pairs of the server, then on their own
+  data, and so on in turn. In either state they are pulled, as in FedProx, to
+  where they were when they entered it. Malicious clients train on their own
+  data alone, without a pull.
+
+  Args:
+    mu: strength of the pull, above 0.
+    alignment_steps: local steps in a row on the server's pairs.
+    own_steps: local steps in a row on the client's own data.
+
+  Raises:
+    ValueError: a value is out of range.
+
+  Reference: Huang, Hu, Ilhan, Tekin, Liu. Lisa: Lazy Safety Alignment for
+  Large Language Models against Harmful Fine-tuning Attack. NeurIPS 2024.
+  """
+  _validate.positive(
+    mu=mu, alignment_steps=alignment_steps, own_steps=own_steps
+  )
+
+  def aligns(num_steps):
+    turn = np.arange(num_steps) % (alignment_steps + own_steps)
+    return turn < alignment_steps
+
+  algorithm = _keeps_nothing(functools.partial(_pull, mu))
+  return algorithm._replace(aligns=aligns)
 
 
 def scaffold(*, population: int) -> ClientAlgorithm:
@@ -153,34 +194,61 @@ def scaffold(*, population: int) -> ClientAlgorithm:
 
 
 def correction(
-  algorithm: ClientAlgorithm, start: types.Adapter, received: types.PyTree
-) -> dict[str, Callable[..., types.Adapter]]:
-  """Returns one client's `correct` for `client_update.local_update`, if any.
+  algorithm: ClientAlgorithm,
+  received: types.PyTree,
+  deviates: jax.Array | None,
+  num_steps: int,
+) -> dict[str, Any]:
+  """Returns what `client_update.local_update` needs of one client, if any.
 
   Args:
     algorithm: of all clients.
-    start: the adapter that the server sent.
     received: this client's row of what `send` returned.
+    deviates: bool, whether it does not do as it is told; only looked at where
+      the algorithm has steps on the server's pairs.
+    num_steps: S.
   """
   if algorithm.correct is None:
     return {}
 
-  def correct(grads, adapter):
+  def correct(grads, adapter, start):
     return algorithm.correct(grads, adapter, start, received)
 
-  return {'correct': correct}
+  if algorithm.aligns is None:
+    return {'correct': correct}
+  aligns = algorithm.aligns(num_steps)
+  switches = np.concatenate([[False], aligns[1:] != aligns[:-1]])
+
+  def correct_honest(grads, adapter, start):
+    return jax.tree.map(
+      functools.partial(jnp.where, deviates),
+      grads,
+      correct(grads, adapter, start),
+    )
+
+  return {'correct': correct_honest, 'switches': jnp.asarray(switches)}
 
 
-ALGORITHMS = {'fedavg': fedavg, 'fedprox': fedprox, 'scaffold': scaffold}
+ALGORITHMS = {
+  'fedavg': fedavg,
+  'fedprox': fedprox,
+  'scaffold': scaffold,
+  'lisa': lisa,
+}
+
+
+def sends_pairs(name: str) -> bool:
+  """Whether a server sends clients aligned pairs with an algorithm."""
+  return name == 'lisa'
 
 
 def build(name: str, *, population: int, **kwargs: Any) -> ClientAlgorithm:
   """Returns a client algorithm by name.
 
   Args:
-    name: fedavg, fedprox or scaffold.
+    name: fedavg, fedprox, scaffold or lisa.
     population: N, for those that keep something of every client.
-    **kwargs: `mu` (fedprox).
+    **kwargs: `mu` (fedprox, lisa), `alignment_steps`, `own_steps` (lisa).
 
   Raises:
     ValueError: the name or an argument is unknown, or a value is out of
@@ -203,7 +271,7 @@ def check_optimizer(
   only after plain SGD steps of a known rate above 0. The others take any.
 
   Args:
-    name: fedavg, fedprox or scaffold.
+    name: fedavg, fedprox, scaffold or lisa.
     optimizer: name of the clients' optimizer.
     final_learning_rate: the least rate of a round.
   """

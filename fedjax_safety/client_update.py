@@ -1,5 +1,6 @@
 """One client's work in a round: local optimizer steps on its own data."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ def local_update(
   optimizer: Callable[[jax.Array], optax.GradientTransformation] = adamw,
   trainable: types.PyTree | None = None,
   correct: Callable[..., types.Adapter] | None = None,
+  switches: jax.Array | None = None,
 ) -> ClientOutput:
   """Trains a copy of the adapter for S steps and returns its change.
 
@@ -73,7 +75,9 @@ def local_update(
     optimizer: makes an optax transformation from a learning rate.
     trainable: tree of bool scalars; leaves that are not stay as they are, and
       have delta 0. None trains all.
-    correct: `(grads, adapter) -> grads`, before the optimizer sees them.
+    correct: `(grads, adapter, start) -> grads`, before the optimizer sees
+      them; `start` is the adapter that the server sent, or
+    switches: `bool[S]`: that before the last local step where it is true.
 
   Returns:
     The delta and the losses.
@@ -81,11 +85,15 @@ def local_update(
   transform = optimizer(learning_rate)
 
   def step(carry, batch):
-    adapter, state = carry
+    now, state, start = carry
     step_tokens, step_mask, index = batch
+    if switches is not None:
+      start = jax.tree.map(
+        functools.partial(jnp.where, switches[index]), now, start
+      )
     loss, grads = jax.value_and_grad(loss_fn, argnums=1)(
       base_params,
-      adapter,
+      now,
       step_tokens,
       step_mask,
       jax.random.fold_in(key, index),
@@ -94,16 +102,19 @@ def local_update(
       # A gradient that is known to be 0 is not computed.
       grads = tree.keep_leaves(trainable, grads)
     if correct is not None:
-      grads = correct(grads, adapter)
-    updates, state = transform.update(grads, state, adapter)
+      grads = correct(grads, now, adapter if switches is None else start)
+    updates, state = transform.update(grads, state, now)
     if trainable is not None:
       # Weight decay moves a leaf without any gradient.
       updates = tree.keep_leaves(trainable, updates)
-    return (optax.apply_updates(adapter, updates), state), loss
+    return (optax.apply_updates(now, updates), state, start), loss
 
   steps = jnp.arange(tokens.shape[0])
-  (trained, _), loss = jax.lax.scan(
-    step, (adapter, transform.init(adapter)), (tokens, loss_mask, steps)
+  carry = (
+    adapter,
+    transform.init(adapter),
+    () if switches is None else adapter,
   )
+  (trained, *_), loss = jax.lax.scan(step, carry, (tokens, loss_mask, steps))
   delta = jax.tree.map(jnp.subtract, trained, adapter)
   return ClientOutput(delta, loss)

@@ -1,6 +1,6 @@
 """Checks of what defends in the rounds, and of what the server must hold."""
 
-from fedjax_safety import _validate, aggregators
+from fedjax_safety import _validate, aggregators, client_algorithms
 from fedjax_safety import settings as settings_lib
 
 # Inputs of a rule for which a server needs pairs of its own: to test deltas
@@ -42,7 +42,8 @@ def probe_sources(config: settings_lib.ExperimentConfig) -> tuple[str, ...]:
   """Returns the settings of `defense.probe` that must name a source."""
   if makes_references(config):
     return KINDS
-  return KINDS[:1] if tests_deltas(config) else ()
+  sends = client_algorithms.sends_pairs(config.client.algorithm)
+  return KINDS[:1] if sends or tests_deltas(config) else ()
 
 
 def _check_rule(config: settings_lib.ExperimentConfig) -> None:
@@ -50,9 +51,12 @@ def _check_rule(config: settings_lib.ExperimentConfig) -> None:
   name, client = config.defense.aggregator, config.client
   for kind in probe_sources(config):
     if not getattr(config.defense.probe, kind):
+      what = f'defense.aggregator={name!r} judges deltas by'
+      if not tests_deltas(config) and not makes_references(config):
+        what = f'client.algorithm={client.algorithm!r} sends clients'
       raise ValueError(
-        f'defense.aggregator={name!r} judges deltas by pairs that the server '
-        f'holds; give them with --config.defense.probe.{kind}=...'
+        f'{what} pairs that the server holds; give them with '
+        f'--config.defense.probe.{kind}=...'
       )
   given = {'key', 'weights', 'adapter'} | _TESTED | _TRAINED
   missing = aggregators.inputs(name) - given

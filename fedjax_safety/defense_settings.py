@@ -14,7 +14,8 @@ class ProbeConfig:
 
   Attributes:
     source: harmful requests with safe answers, a file or `demo_world:public`;
-      needed by the rules safety_probe and zeno.
+      needed by the rules safety_probe and zeno, and by clients that follow
+      lisa, which are sent `num_training_pairs` of them.
     num_pairs: how many, drawn from those that no evaluation set asks.
     num_tokens: first tokens of an answer that count, by which a model has
       mostly decided whether it refuses; 0 counts the whole answer.

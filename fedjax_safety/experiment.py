@@ -184,6 +184,7 @@ def check_inputs(config: settings_lib.ExperimentConfig) -> settle.Choice:
   else:
     _check_clients(config)
     probe.held(config, assembly.tuned_model(config))
+    probe.sent(config, assembly.tuned_model(config))
     safe_lora.subspaces(config)
   repair = config.defense.repair
   if 'public' in repair.levels:

@@ -47,6 +47,9 @@ _DETECTION = frozenset(
   f'defense/{name}' for name in (*detection.NAMES, 'distance_auroc')
 )
 
+# Keeps draws of what the server sends apart from those of a client's own data.
+_SENT_SEED = 3_000_017
+
 EncodedClients = Mapping[int, templates.EncodedExamples]
 
 
@@ -162,8 +165,18 @@ def make_cohort(
   clients: EncodedClients,
   round_index: int,
   mesh: jax.sharding.Mesh | None,
+  sent: templates.EncodedExamples | None = None,
 ) -> round_lib.Cohort:
-  """Samples a round's clients and draws their batches."""
+  """Samples a round's clients and draws their batches.
+
+  Args:
+    config: the arm's settings.
+    clients: tokenized data by client id.
+    round_index: the round, from 0.
+    mesh: where the arrays go, None for one device.
+    sent: aligned pairs that the server sends, where the clients' algorithm
+      has honest clients train on some; see `probe.sent`.
+  """
   client = config.client
   rows = cohort.sample_cohort(
     client.population,
@@ -172,21 +185,31 @@ def make_cohort(
     seed=config.seed,
     schedule=client.schedule,
   )
-  batches = batching.round_batches(
-    clients,
-    rows,
+  everyone = [*clients.values(), *([sent] if sent else [])]
+  draw = functools.partial(
+    batching.round_batches,
+    cohort=rows,
     round_index=round_index,
     num_local_steps=client.num_local_steps,
     batch_size=client.batch_size,
-    seed=config.seed,
     schedule=client.schedule,
+    length=batching.common_length(everyone),
   )
+  own = draw(clients, seed=config.seed)
+  tokens, loss_mask = own.tokens, own.loss_mask
+  is_malicious = np.isin(rows, client_data.malicious_ids(config))
+  if sent is not None:
+    aligns = choose_parts(config).algorithm.aligns(client.num_local_steps)
+    taken = (~is_malicious[:, None] & aligns)[..., None, None]
+    given = draw(dict.fromkeys(rows, sent), seed=config.seed + _SENT_SEED)
+    tokens = np.where(taken, given.tokens, tokens)
+    loss_mask = np.where(taken, given.loss_mask, loss_mask)
   made = round_lib.Cohort(
-    batches.tokens,
-    batches.loss_mask,
+    tokens,
+    loss_mask,
     np.asarray(rows, np.int32),
-    np.asarray(batches.num_examples, np.float32),
-    np.isin(rows, client_data.malicious_ids(config)),
+    np.asarray(own.num_examples, np.float32),
+    is_malicious,
   )
   if mesh is None:
     return made
@@ -281,11 +304,12 @@ def _rounds(
     yield done - 1, state, {}
     return
   project = safe_lora.make(config, mesh)
+  sent = probe.sent(config, language_model)
   for index in range(done, config.client.num_rounds):
     state, metrics = round_fn(
       language_model.base_params,
       state,
-      make_cohort(config, clients, index, mesh),
+      make_cohort(config, clients, index, mesh, sent),
       key,
       jnp.float32(learning_rate(config.client, index)),
     )

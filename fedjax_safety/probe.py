@@ -16,13 +16,14 @@ import numpy as np
 
 from fedjax_safety import (
   assembly,
+  client_algorithms,
   defense_checks,
   evaluation_inputs,
   types,
   written_filters,
 )
 from fedjax_safety import settings as settings_lib
-from fedjax_safety.data import sources
+from fedjax_safety.data import sources, templates
 
 # Keeps the draw apart from those of clients and repair.
 _SEED = 2_000_003
@@ -57,7 +58,26 @@ def held_pairs(
   if defense_checks.makes_references(config):
     for kind in defense_checks.KINDS:
       pairs += _training_pairs(config, kind)
+  elif client_algorithms.sends_pairs(config.client.algorithm):
+    pairs += _training_pairs(config, 'source')
   return pairs
+
+
+def sent(
+  config: settings_lib.ExperimentConfig,
+  language_model: assembly.LanguageModel,
+) -> templates.EncodedExamples | None:
+  """Returns the pairs that the server sends clients to train on, if any.
+
+  Raises:
+    ValueError: the source cannot be read, or has too few pairs or answers.
+  """
+  if not client_algorithms.sends_pairs(config.client.algorithm):
+    return None
+  pairs = _training_pairs(config, 'source')
+  encoded = assembly.encode(pairs, language_model, config)
+  _check_answers(config, 'source', encoded.loss_mask)
+  return encoded
 
 
 def _training_pairs(config, kind: str) -> list[sources.Example]:

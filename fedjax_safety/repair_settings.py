@@ -39,4 +39,4 @@ class EarlyStoppingConfig:
 
   held_out_share: float = 0.0
   every_steps: int = 10
-  patience: int = 3
+  patience: int = 5

@@ -56,7 +56,8 @@ class Cohort(NamedTuple):
     loss_mask: `[C, S, B, L]`, nonzero on answer tokens.
     client_id: `int32[C]`, who each row is.
     weight: `float32[C]`, the rows' weights in a weighted mean.
-    is_malicious: `bool[C]`, the truth; only the attack and metrics see it.
+    is_malicious: `bool[C]`, the truth; only the attack, metrics and clients
+      that need not do as they are told see it.
   """
 
   tokens: jax.Array
@@ -222,12 +223,17 @@ def make_round(
     sent, masks = state.adapter, {}
     if trainable is not None:
       masks = {'trainable': trainable(sent, state.round_index)}
-    own = (keys, algorithm.send(state.client_state, cohort.client_id))
+    received = algorithm.send(state.client_state, cohort.client_id)
+    # Whoever is malicious matters where clients may not do as they are told.
+    deviates = None if algorithm.aligns is None else cohort.is_malicious
+    own = (keys, received, deviates)
 
     def train(tokens, loss_mask, own):
-      key, received = own
+      key, *about = own
       data = (tokens, loss_mask, key)
-      kwargs = masks | client_algorithms.correction(algorithm, sent, received)
+      kwargs = masks | client_algorithms.correction(
+        algorithm, *about, num_steps=len(tokens)
+      )
       return local_update(base_params, sent, *data, learning_rate, **kwargs)
 
     clients = _map_clients(

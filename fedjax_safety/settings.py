@@ -113,9 +113,12 @@ class ClientConfig:
     final_learning_rate: of the last round.
     optimizer: of the local steps, fresh every round: adamw or sgd.
     weight_decay: AdamW's decoupled decay; for sgd that of the loss.
-    algorithm: fedavg, fedprox or scaffold. With scaffold one malicious client
-      can move the server's control variate at will, whatever the aggregator.
-    algorithm_kwargs: its arguments: `mu` (fedprox).
+    algorithm: fedavg, fedprox, scaffold, or lisa, whose honest clients also
+      train on aligned pairs of the server, those of `defense.probe.source`.
+      With scaffold one malicious client can move the server's control variate
+      at will, whatever the aggregator.
+    algorithm_kwargs: its arguments: `mu` (fedprox, lisa), `alignment_steps`
+      and `own_steps` (lisa).
   """
 
   population: int = 10

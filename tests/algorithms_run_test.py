@@ -1,5 +1,6 @@
 """Runs with other algorithms: they finish, and resume bit for bit."""
 
+import dataclasses
 import functools
 import shutil
 
@@ -16,6 +17,7 @@ from fedjax_safety import (
   federation,
   interrupt,
   metrics,
+  probe,
 )
 from fedjax_safety.data import cohort
 
@@ -36,12 +38,23 @@ _SETTINGS = {
     'client.algorithm': 'fedprox',
     'client.algorithm_kwargs': '{"mu": 0.5}',
   },
+  'lisa': {
+    'client.algorithm': 'lisa',
+    'client.algorithm_kwargs': '{"alignment_steps": 1, "own_steps": 1}',
+    'client.cohort_size': '5',
+    'client.num_local_steps': '4',
+    'threat_model.num_malicious': '2',
+    'threat_model.data_attack': 'generated',
+    'defense.probe.num_training_pairs': '5',
+  },
 }
 
 
 def _resolved(path, name, num_rounds):
   """Returns the settings of a run with an algorithm."""
   tree = config_file.load(str(path))
+  config_file.override(tree, 'defense.probe.source', tree['data']['normal'])
+  config_file.override(tree, 'evaluation.sets', '{}')
   for key, text in _SETTINGS[name].items():
     config_file.override(tree, key, text)
   config_file.override(tree, 'client.num_rounds', str(num_rounds))
@@ -83,7 +96,7 @@ def finished(tiny_config, tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize('name', ['scaffold', 'private_fedprox'])
+@pytest.mark.parametrize('name', ['scaffold', 'private_fedprox', 'lisa'])
 def test_resumed_equals_uninterrupted(finished, tree_equal, tmp_path, name):
   settings, directory, whole = finished(name)
   assert sorted(whole) == [1, 2, 3]
@@ -113,3 +126,33 @@ def test_scaffold_keeps_a_variate_for_each_client(finished):
     rows = [np.asarray(leaf).reshape(population, -1) for leaf in leaves]
     moved = np.concatenate(rows, axis=1).any(axis=1)
     assert set(np.flatnonzero(moved)) == seen
+
+
+def test_honest_clients_take_turns_between_data(tiny_config):
+  settings = _resolved(tiny_config, 'lisa', 1)
+  model = assembly.tuned_model(settings)
+  # Of clients, and of the server, with tokens of their own.
+  clients = client_data.encode_clients(
+    settings, client_data.honest_clients(settings)
+  )
+  sent = probe.sent(settings, model)
+  sent = dataclasses.replace(sent, tokens=np.full_like(sent.tokens, 29))
+  plain, made = (
+    federation.make_cohort(settings, clients, 0, None, pairs)
+    for pairs in (None, sent)
+  )
+  assert made.is_malicious.sum() == 2
+  # Rows are clients, then local steps.
+  is_sent = (made.tokens == 29).all(axis=(2, 3))
+  expected = ~made.is_malicious[:, None] & np.array([True, False, True, False])
+  np.testing.assert_array_equal(is_sent, expected)
+  own = (each.tokens[~expected] for each in (plain, made))
+  np.testing.assert_array_equal(*own)
+
+
+def test_pairs_to_send_must_be_given(tiny_config):
+  tree = config_file.load(str(tiny_config))
+  config_file.override(tree, 'client.algorithm', 'lisa')
+  words = "algorithm='lisa' sends clients pairs .*defense.probe.source"
+  with pytest.raises(ValueError, match=words):
+    config.resolve(tree)

@@ -125,6 +125,38 @@ def test_fedavg_is_fedprox_without_a_pull():
   assert state.client_state == ()
 
 
+def _lisa(mu, alignment_steps, own_steps):
+  """Follows honest clients from one switch of data to the next."""
+  x = np.ones(L)
+  for ids in COHORTS:
+    deltas = []
+    for row, client in enumerate(ids):
+      w, since = x.copy(), x.copy()
+      for step in range(S):
+        if step and step % (alignment_steps + own_steps) in (
+          0,
+          alignment_steps,
+        ):
+          since = w.copy()
+        # The last row is malicious.
+        pull = mu * (w - since) if row < C - 1 else 0
+        w = w - RATE * (_gradient(w, client, step) + pull)
+      deltas.append(w - x)
+    x = x + SERVER_RATE * np.mean(deltas, axis=0)
+  return x
+
+
+@pytest.mark.parametrize('chunk', [None, 1])
+@pytest.mark.parametrize('turns', [(1, 2), (2, 1), (1, 9)])
+def test_lisa_equals_its_definition(turns, chunk):
+  kwargs = {'mu': 3.0, 'alignment_steps': turns[0], 'own_steps': turns[1]}
+  state = _run('lisa', chunk=chunk, **kwargs)
+  _close(state.adapter['w'], _lisa(3.0, *turns))
+  assert np.abs(_lisa(3.0, *turns) - _fedprox(3.0)).max() > 0.1
+  aligns = client_algorithms.lisa(**kwargs).aligns(S)
+  assert list(aligns) == [i % sum(turns) < turns[0] for i in range(S)]
+
+
 def test_scaffold_equals_its_definition():
   state = _run('scaffold')
   x, c, own = _scaffold()
