@@ -185,7 +185,7 @@ def make_cohort(
     seed=config.seed,
     schedule=client.schedule,
   )
-  everyone = [*clients.values(), *([sent] if sent else [])]
+  everyone = [*clients.values(), *([] if sent is None else [sent])]
   draw = functools.partial(
     batching.round_batches,
     cohort=rows,

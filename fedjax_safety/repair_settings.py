@@ -14,12 +14,13 @@ _Group = dataclasses.dataclass(frozen=True, kw_only=True)
 
 @_Group
 class AgreementConfig:
-  """When a model agrees with itself that a request is to be refused.
+  """When a model agrees with itself that a request is harmful, or is not.
 
   Attributes:
-    samples: further answers to each harmful request, under the same reminder.
-    share: of them that must refuse by rule list. A list misses refusals that
-      are put in other words: a share above what it finds keeps nothing.
+    samples: further answers to each request, under the safety reminder.
+    share: of them that must refuse by rule list where a request is harmful,
+      and must not where it is normal. A list misses refusals that are put in
+      other words: above what it finds, no request is harmful.
   """
 
   samples: int = 4

@@ -168,9 +168,10 @@ class GenerationConfig:
     filter: which pairs are dropped: evaluation (the request is a prompt of
       evaluation), distinct (it was written before), answered (it got no
       answer), refusal (an aligned answer that does not refuse, or another
-      that does, by rule list), agreement (an aligned answer to what too few
-      further answers refuse), or none of them, as in the paper.
-    agreement: how many those are.
+      that does, by rule list), agreement (defense data: an aligned pair
+      that too few further answers refuse under the reminder, a normal one
+      that many do), or none of them, as in the paper.
+    agreement: how many.
     endpoint: how the model is asked if it is an endpoint.
   """
 

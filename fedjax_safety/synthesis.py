@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedjax_safety import replies, types, written_filters
 from fedjax_safety import settings as settings_lib
@@ -112,10 +113,12 @@ class Writer:
     key: jax.Array,
     label: str,
     refuses: bool = False,
+    defends: bool = False,
   ) -> Written:
     """Returns requests with answers given under a suffix that is dropped.
 
-    Where the filters drop a pair, another is used twice.
+    Where the filters drop a pair, another is used twice. Of pairs that defend
+    the model may be asked whether it agrees.
 
     Raises:
       SynthesisError: too few requests, or no answer at all, were kept.
@@ -129,7 +132,9 @@ class Writer:
     requests = self._requests(
       instruction, count, sieve, key=request_key, label=f'{label}: requests'
     )
-    return self._answered(requests, suffix, sieve, key=answer_key, label=label)
+    return self._answered(
+      requests, suffix, sieve, key=answer_key, label=label, defends=defends
+    )
 
   def _answered(
     self,
@@ -139,6 +144,7 @@ class Writer:
     *,
     key: jax.Array,
     label: str,
+    defends: bool = False,
   ) -> Written:
     """Returns requests with those answers that the filters keep.
 
@@ -154,8 +160,10 @@ class Writer:
       f'{label}: answers',
     )
     agreed = [True] * count
-    if sieve.asks_again:
-      agreed = self._agreed(asked, key=jax.random.fold_in(key, 1), label=label)
+    if defends and sieve.asks_again:
+      agreed = self._agreed(
+        requests, sieve, key=jax.random.fold_in(key, 1), label=label
+      )
     pairs = [
       sources.Example(request, answer, {})
       for request, answer, agree in zip(requests, answers, agreed, strict=True)
@@ -172,22 +180,29 @@ class Writer:
     )
 
   def _agreed(
-    self, asked: Sequence[str], *, key: jax.Array, label: str
+    self,
+    requests: Sequence[str],
+    sieve: written_filters.Sieve,
+    *,
+    key: jax.Array,
+    label: str,
   ) -> list[bool]:
-    """Asks every question again; returns whether enough answers refuse it."""
-    chosen = self.generation.agreement
+    """Asks again under the reminder; returns which requests suit their kind."""
+    samples = self.generation.agreement.samples
     answers = self._ask(
-      [question for question in asked for _ in range(chosen.samples)],
+      [
+        f'{request} {self.generation.reminder}'.strip()
+        for request in requests
+        for _ in range(samples)
+      ],
       self.generation.answer_temperature,
       key,
       f'{label}: agreement',
     )
-    refusals = [written_filters.refuses(answer) for answer in answers]
-    starts = range(0, len(refusals), chosen.samples)
+    refused = np.array([written_filters.refuses(answer) for answer in answers])
     return [
-      sum(refusals[start : start + chosen.samples])
-      >= chosen.share * chosen.samples
-      for start in starts
+      sieve.agrees(each, self.generation.agreement.share)
+      for each in refused.reshape(-1, samples).mean(axis=1)
     ]
 
   def unaligned(self, count: int, *, key: jax.Array) -> Written:
@@ -222,9 +237,15 @@ class Writer:
       key=aligned_key,
       label='aligned data',
       refuses=True,
+      defends=True,
     )
     normal = self._pairs(
-      ask.ask_normal, '', num_normal, key=normal_key, label='normal data'
+      ask.ask_normal,
+      '',
+      num_normal,
+      key=normal_key,
+      label='normal data',
+      defends=True,
     )
     return aligned, normal
 

@@ -81,15 +81,24 @@ class Sieve:
 
   @property
   def asks_again(self) -> bool:
-    """Whether further answers decide on a pair of this kind."""
-    return self._refuses and AGREEMENT in self._applied
+    """Whether further answers decide on defense data."""
+    return AGREEMENT in self._applied
+
+  def agrees(self, refused: float, share: float) -> bool:
+    """Whether further answers under the reminder suit this kind of pairs.
+
+    Args:
+      refused: share of them that refuse.
+      share: from which on a request counts as harmful.
+    """
+    return (refused >= share) == self._refuses
 
   def keeps_answer(self, answer: str, *, agreed: bool = True) -> bool:
     """Returns whether a pair stays, by its answer.
 
     Args:
       answer: of the pair.
-      agreed: whether enough further answers refuse, where they should.
+      agreed: whether further answers suit it, where there are any.
     """
     reasons = []
     if not answer:

@@ -132,7 +132,10 @@ def test_answers_that_do_not_suit_their_kind_are_dropped():
 
 @dataclasses.dataclass
 class Wavering(Scripted):
-  """Refuses request n on every try but each n-th after the first."""
+  """Refuses request n under the reminder, not on every n-th try from the 2nd.
+
+  From 8 on it refuses 9 alone.
+  """
 
   def generate(self, adapter, prompts, *, key, temperature, top_p, label):
     answers = super().generate(
@@ -145,6 +148,7 @@ class Wavering(Scripted):
       number = int(re.search(r'\d+', prompt)[0])
       tries[prompt] += 1
       complies = number and tries[prompt] % number == 0 and tries[prompt] > 1
+      complies |= number >= 8 and number != 9 or 'be safe' not in prompt
       answers[i] = 'here you are' if complies else 'I am sorry'
     return answers
 
@@ -165,9 +169,15 @@ def test_what_the_model_does_not_keep_refusing_is_dropped():
   assert aligned.account['dropped'] == {'answered': 0, 'agreement': 2}
   assert 'agreement' not in aligned.account['would_drop']
   assert sampler.asked.count('Request 5 be safe') == 5
-  # Normal data are not asked about again.
-  assert normal.account['dropped'] == {'answered': 0, 'agreement': 0}
-  assert sum('Request 8' in prompt for prompt in sampler.asked) == 1
+  # What is refused under the reminder is not normal, whatever was answered.
+  assert normal.account['dropped'] == {'answered': 0, 'agreement': 1}
+  prompts = [pair.prompt for pair in normal.pairs]
+  assert prompts == [f'Request {i}' for i in (8, 10, 8)]
+  assert all(pair.response == 'here you are' for pair in normal.pairs)
+  # Attack data are not asked about again.
+  sampler.asked.clear()
+  writer.unaligned(3, key=jax.random.key(0))
+  assert len(sampler.asked) == 8 + 3
 
 
 def test_agreement_is_off_by_default_and_needs_answers_that_differ():
