@@ -65,9 +65,6 @@ def make(
     kl_weight: of the mean KL divergence of the attacked model's predictions
       from the repaired one's, over the answers of normal pairs.
     anchor_weight: of the mean squared distance of the states behind them.
-
-  Reference of the anchor: Wang, Xu, Huang, Tao, Shi, et al. Safety Anchor:
-  Defending Harmful Fine-tuning via Geometric Bottlenecks.
   """
   plain = assembly.make_loss(model, loss_chunk)
 

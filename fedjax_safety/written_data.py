@@ -322,10 +322,19 @@ def defense_data(
   """Returns the defense data of a level, made and written down once.
 
   The metadata of each pair says its kind, aligned or normal.
+
+  Raises:
+    ValueError: data that were written down do not say it.
   """
   path = arm.defense_data(level)
   if distributed.on_first(path.exists):
-    return _read_examples(path)
+    pairs = _read_examples(path)
+    if not all('kind' in pair.metadata for pair in pairs):
+      raise ValueError(
+        f'{path} does not say of each pair whether it is aligned or normal; '
+        f'remove it, and it is written anew'
+      )
+    return pairs
   config = arm.config.defense.repair
   num_aligned = _num_aligned(config)
   made = _made(

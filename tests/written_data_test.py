@@ -54,6 +54,11 @@ def test_the_requests_are_those_of_the_repair(make, level):
   assert kinds.count('aligned') == kinds.count('normal') == 4
   # A resumed run finds what was written.
   assert _attack(arm) == pairs
+  assert written_data.defense_data(arm, level, None) == defense
+  path = arm.defense_data(level)
+  path.write_text(path.read_text().replace('"kind"', '"sort"'))
+  with pytest.raises(ValueError, match='does not say .* remove it'):
+    written_data.defense_data(arm, level, None)
   audited = written_data.audit_sets(arm, pairs)
   assert audited['attack'] == [e.prompt for e in pairs]
 
