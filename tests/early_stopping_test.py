@@ -1,16 +1,24 @@
 """Early stopping of the repair: what is held out, and which adapter is kept."""
 
+import dataclasses
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   config,
   config_file,
   early_stopping,
+  interrupt,
   losses,
+  metrics,
   repair_settings,
+  stages,
 )
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources
@@ -104,13 +112,49 @@ def test_the_loss_held_out_is_that_of_all_pairs_at_once(tiny_config):
   assert settings.defense.repair.batch_size == 2
   measure = early_stopping.held_out_loss(pairs, model, settings)
   encoded = assembly.encode(pairs, model, settings)
-  logits = assembly.make_decoder(model, settings).apply(
+  logits = jax.jit(assembly.make_decoder(model, settings).apply)(
     {'params': model.base_params}, encoded.tokens
   )
   expected = losses.next_token_loss(
     logits, jnp.asarray(encoded.tokens), encoded.loss_mask
   )
   np.testing.assert_allclose(measure({}), expected, rtol=1e-5)
+
+
+def test_a_repair_with_all_of_it_is_the_same_again(
+  tiny_config, tiny_data, tree_equal, tmp_path
+):
+  tree = config_file.load(str(tiny_config))
+  for key, value in {
+    'public_aligned': str(tiny_data),
+    'kl_weight': '0.5',
+    'anchor_weight': '0.5',
+    'learning_rate': '0.01',
+    'early_stopping.held_out_share': '0.25',
+  }.items():
+    config_file.override(tree, f'defense.repair.{key}', value)
+  (settings,) = config.resolve(tree).values()
+  adapter = stages.given_adapter(
+    dataclasses.replace(settings, given_adapter=settings_lib.NO_ADAPTER)
+  )
+
+  def repaired(name):
+    path = tmp_path / name / 'metrics.jsonl'
+    with metrics.MetricsWriter(path) as writer, interrupt.StopRequest() as stop:
+      arm = arm_lib.Arm('run', 0, settings, tmp_path / name, writer, stop)
+      made = stages.repair(arm, 'public', adapter)
+    lines = path.read_text().splitlines()
+    return made, [json.loads(line) for line in lines]
+
+  (first, told), (again, _) = repaired('first'), repaired('again')
+  assert tree_equal(first, again) and not tree_equal(first, adapter)
+  assert [record['step'] for record in told] == [10, 20]
+  for record in told:
+    assert record['repair/held_out_loss'] > 0 and record['repair/kl'] >= 0
+    assert record['repair/anchor'] > 0 and record['repair/best_step'] in (
+      10,
+      20,
+    )
 
 
 @pytest.mark.parametrize(

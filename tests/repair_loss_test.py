@@ -31,7 +31,8 @@ _IS_NORMAL = np.array([True, False, True, False])
 def model():
   """A decoder, its parameters, and two adapters that differ."""
   made = decoder.Decoder(_CONFIG)
-  params = made.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
+  init = jax.jit(made.init)
+  params = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
   params = jax.tree.map(lambda x: x * 5, params)
 
   def adapter(seed):
@@ -76,6 +77,7 @@ def test_terms_count_normal_pairs_alone(model):
     loss, parts['answers'] + 2 * parts['kl'] + 3 * parts['anchor'], rtol=1e-6
   )
 
+  @jax.jit
   def logits(adapter):
     return made.apply({'params': params, 'lora': adapter}, batch.tokens)
 
@@ -121,7 +123,7 @@ def test_a_term_keeps_the_repaired_model_nearer(model, term):
       loss_fn=repair_loss.make(made, **weights),
       seed=0,
     )
-    measure = repair_loss.make(made, kl_weight=1.0, anchor_weight=1.0)
+    measure = jax.jit(repair_loss.make(made, kl_weight=1.0, anchor_weight=1.0))
     frozen = repair_loss.Frozen(params, attacked)
     return measure(frozen, adapter, batch, jax.random.key(0))[1][term], values
 
