@@ -1,4 +1,8 @@
-"""Stopping the repair early, by its loss on pairs that it does not see."""
+"""Stopping the repair early, by its loss on pairs that it does not see.
+
+The loss is that of aligned pairs. Normal data that a model wrote itself are
+likeliest before the first step: by their loss no repair would be worth one.
+"""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,11 +25,10 @@ def split(
 ) -> tuple[Examples, Examples]:
   """Returns (trained, held out) pairs, which have no request in common.
 
-  Of each kind of pairs a share of the requests is held out, at least one.
-
   Args:
     pairs: defense data, whose metadata say their kind.
-    share: of the requests held out; 0 holds none out.
+    share: of the requests of aligned pairs that are held out, at least one;
+      of all requests where no pair is aligned. 0 holds none out.
     seed: of the draw.
 
   Raises:
@@ -33,13 +36,12 @@ def split(
   """
   if not share:
     return list(pairs), []
-  requests: dict[str, dict[str, None]] = {}
-  for pair in pairs:
-    form = written_filters.normal_form(pair.prompt)
-    requests.setdefault(pair.metadata['kind'], {})[form] = None
-  draw, held = random.Random(f'{seed}/held out'), set()
-  for forms in requests.values():
-    held |= set(draw.sample(list(forms), max(round(share * len(forms)), 1)))
+  aligned = [pair for pair in pairs if pair.metadata['kind'] == 'aligned']
+  forms = dict.fromkeys(
+    written_filters.normal_form(pair.prompt) for pair in aligned or pairs
+  )
+  count = max(round(share * len(forms)), 1)
+  held = set(random.Random(f'{seed}/held out').sample(list(forms), count))
   parts = [], []
   for pair in pairs:
     parts[written_filters.normal_form(pair.prompt) in held].append(pair)

@@ -29,11 +29,11 @@ class AgreementConfig:
 
 @_Group
 class EarlyStoppingConfig:
-  """Keeps the adapter of the steps that serve held-out pairs best.
+  """Keeps the adapter that makes held-out safe answers likeliest.
 
   Attributes:
-    held_out_share: share of the requests of either kind, aligned and normal,
-      that are measured and not trained on; 0 trains on all, to the end.
+    held_out_share: share of the requests of aligned pairs that are measured
+      and not trained on; 0 trains on all, to the end.
     every_steps: steps between two measurements, a multiple of 10.
     patience: measurements without a new best one, after which it stops.
   """

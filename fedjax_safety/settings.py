@@ -252,7 +252,7 @@ class RepairConfig:
       attacked model: nats of divergence for each nat of loss.
     anchor_weight: of a term that keeps its last hidden states on normal data,
       by their mean squared distance.
-    early_stopping: keeps the adapter that serves held-out pairs best.
+    early_stopping: keeps the adapter that serves held-out aligned pairs best.
   """
 
   levels: tuple[str, ...] = ()

@@ -35,7 +35,7 @@ def _settings(num_steps=100, **kwargs):
   return settings_lib.RepairConfig(num_steps=num_steps, early_stopping=chosen)
 
 
-def test_requests_are_held_out_of_each_kind_whole():
+def test_requests_of_aligned_pairs_are_held_out_whole():
   # Where a model wrote too few, requests come more than once.
   pairs = _pairs('aligned', [f'Ask {i % 10}!' for i in range(25)])
   pairs += _pairs('aligned', ['ask 3', 'ASK  4'])
@@ -43,21 +43,18 @@ def test_requests_are_held_out_of_each_kind_whole():
   trained, held = early_stopping.split(pairs, 0.2, seed=0)
   assert sorted(trained + held, key=str) == sorted(pairs, key=str)
 
-  def asked(part, kind):
-    chosen = (e for e in part if e.metadata['kind'] == kind)
-    return {
-      e.prompt.lower().replace('!', '').replace('  ', ' ') for e in chosen
-    }
+  def asked(part):
+    return {' '.join(e.prompt.lower().strip('!').split()) for e in part}
 
-  for kind, count in (('aligned', 2), ('normal', 6)):
-    assert len(asked(held, kind)) == count
-    assert not asked(held, kind) & asked(trained, kind)
+  assert {pair.metadata['kind'] for pair in held} == {'aligned'}
+  assert len(asked(held)) == 2 and not asked(held) & asked(trained)
   assert (trained, held) == early_stopping.split(pairs, 0.2, seed=0)
   assert (trained, held) != early_stopping.split(pairs, 0.2, seed=1)
   assert early_stopping.split(pairs, 0.0, seed=0) == (pairs, [])
-  few = _pairs('aligned', ['a']) + _pairs('normal', ['b'])
-  with pytest.raises(ValueError, match='leaves none of 2 pairs'):
-    early_stopping.split(few, 0.1, seed=0)
+  normal = _pairs('normal', [f'do {i}' for i in range(10)])
+  assert len(early_stopping.split(normal, 0.2, seed=0)[1]) == 2
+  with pytest.raises(ValueError, match='leaves none of 1 pairs'):
+    early_stopping.split(normal[:1], 0.1, seed=0)
 
 
 def _progress(count, taken):
