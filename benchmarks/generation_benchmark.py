@@ -75,7 +75,6 @@ def _make_ours(model, params, adapter, prompts, choice, args):
   ]
 
   def run():
-    start = time.perf_counter()
     table = batcher.Batcher(
       model,
       params,
@@ -85,13 +84,13 @@ def _make_ours(model, params, adapter, prompts, choice, args):
       stop_ids=(),
     )
     news = table.admit(adapter, asked, shape=prompts.shape)
-    read = time.perf_counter()
+    start = time.perf_counter()
     more = table.extend(adapter, num_steps=args.new, enough=args.batch)
-    end = time.perf_counter()
+    steps = time.perf_counter() - start
     tokens = np.stack(
       [[*a.new, *b.new] for a, b in zip(news, more, strict=True)]
     )
-    return tokens, {'wall_s': end - start, 'steps_s': end - read}
+    return tokens, {'steps_s': steps}
 
   return run
 
@@ -127,13 +126,12 @@ def _make_peer(directory, adapter_paths, prompts, choice, args):
     return out[:, rows.shape[1] :].cpu().numpy()
 
   def run():
-    start = time.perf_counter()
     tokens = np.zeros((len(prompts), args.new), np.int64)
     for number in sorted(set(choice)):
       if adapter_paths:
         model.set_adapter(str(number))
       tokens[choice == number] = generate(prompts[choice == number])
-    return tokens, {'wall_s': time.perf_counter() - start}
+    return tokens, {}
 
   return run
 
@@ -162,7 +160,7 @@ def _compare(sides: dict, args, floor: float) -> dict[str, Any]:
   """
   tokens, first = {}, {}
   for name, run in sides.items():
-    tokens[name], first[name] = run()
+    (tokens[name], _), first[name] = peers.timed(run)
   result = {'first_run_s': first['ours']['wall_s']}
   if 'peer' in sides:
     equal = float(np.mean(tokens['ours'] == tokens['peer']))
@@ -172,17 +170,15 @@ def _compare(sides: dict, args, floor: float) -> dict[str, Any]:
   runs = {name: [] for name in sides}
   for _ in range(args.repetitions):
     for name, run in sides.items():
-      runs[name].append(run()[1])
+      (_, steps), clocks = peers.timed(run)
+      runs[name].append(clocks | steps)
   for name, timed in runs.items():
     rate = args.batch * args.new / _median(timed, 'wall_s')
     result[name] = {'tokens_per_s': rate, 'runs': timed}
   step = _median(runs['ours'], 'steps_s') / (args.new - 1)
   result |= {'step_ms': 1e3 * step, 'share_of_floor': floor / step}
   if 'peer' in sides:
-    result['ratio'] = statistics.median(
-      theirs['wall_s'] / ours['wall_s']
-      for ours, theirs in zip(runs['ours'], runs['peer'], strict=True)
-    )
+    result |= peers.ratios(runs)
   return result
 
 

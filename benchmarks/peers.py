@@ -7,7 +7,9 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,6 +131,30 @@ def copy_bandwidth(num_bytes: int = 2**28) -> float:
   return 2 * num_bytes / best
 
 
+def timed(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+  """Runs once; returns the result, and wall and CPU seconds."""
+  wall, cpu = time.perf_counter(), time.process_time()
+  result = run()
+  return result, {
+    'wall_s': time.perf_counter() - wall,
+    'cpu_s': time.process_time() - cpu,
+  }
+
+
+def ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+  """Returns how many times as long the peer took, by either clock.
+
+  They are medians run by run, so that a slow spell of the machine hits both.
+  """
+  return {
+    f'ratio_{clock}': statistics.median(
+      theirs[f'{clock}_s'] / ours[f'{clock}_s']
+      for ours, theirs in zip(runs['ours'], runs['peer'], strict=True)
+    )
+    for clock in ('wall', 'cpu')
+  }
+
+
 def version(package: str) -> str | None:
   """Returns a package's version, None if it is not installed."""
   try:
@@ -152,7 +178,8 @@ def machine() -> dict[str, Any]:
   packages = ('jax', 'flax', 'optax', 'torch', 'transformers', 'peft')
   return {
     'cpu': names[0] if names else platform.processor(),
-    'cores': os.cpu_count(),
+    # Those that this process may use.
+    'cores': len(os.sched_getaffinity(0)),
     'device': str(jax.devices()[0]),
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'versions': {'python': platform.python_version()}

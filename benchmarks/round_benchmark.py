@@ -299,16 +299,6 @@ def _loss_gap(problem: dict, ours: np.ndarray, peer: np.ndarray) -> dict:
   return {'first_step': first, 'mean_of_steps': mean}
 
 
-def _timed(run) -> dict:
-  """Runs once and returns wall and CPU seconds."""
-  wall, cpu = time.perf_counter(), time.process_time()
-  run()
-  return {
-    'wall_s': time.perf_counter() - wall,
-    'cpu_s': time.process_time() - cpu,
-  }
-
-
 def _measure(args, batch: int, with_peer: bool) -> dict:
   """Times one batch size; sides alternate, and the first run is a warm-up."""
   problem = _make_problem(args, batch)
@@ -322,7 +312,7 @@ def _measure(args, batch: int, with_peer: bool) -> dict:
   runs = {name: [] for name in sides}
   for _ in range(args.repetitions):
     for name, run in sides.items():
-      runs[name].append(_timed(run))
+      runs[name].append(peers.timed(run)[1])
   return result | _summary(runs, problem['tokens'].size)
 
 
@@ -341,13 +331,7 @@ def _summary(runs: dict[str, list[dict]], num_tokens: int) -> dict:
   out['ratio_best'] = (
     out['ours']['best_tokens_per_s'] / out['peer']['best_tokens_per_s']
   )
-  for clock in ('wall', 'cpu'):
-    # Run by run, so that a slow spell of the machine hits both sides.
-    out[f'ratio_{clock}'] = statistics.median(
-      p[f'{clock}_s'] / o[f'{clock}_s']
-      for o, p in zip(runs['ours'], runs['peer'], strict=True)
-    )
-  return out
+  return out | peers.ratios(runs)
 
 
 def main():

@@ -25,7 +25,7 @@ def test_generation_gives_the_peer_s_tokens(tmp_path):
   assert report['floor_ms'] > 0
   for part in (report['plain'], report['adapters']):
     assert part['equal_tokens'] == 1
-    assert part['ratio'] > 0 and part['share_of_floor'] > 0
+    assert part['ratio_cpu'] > 0 and part['share_of_floor'] > 0
 
 
 def test_loading_is_held_against_the_disk(tmp_path):
