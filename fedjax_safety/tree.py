@@ -74,8 +74,9 @@ def mix(weights: types.Weights, deltas: types.Deltas) -> types.Adapter:
   """
 
   def mix_leaf(leaf):
+    # The row is replaced and not the product, whose derivative would be NaN.
     terms = [
-      jnp.where(weights[c] == 0, 0.0, weights[c] * row)
+      weights[c] * jnp.where(weights[c] == 0, 0.0, row)
       for c, row in enumerate(rows(leaf))
     ]
     return total(terms).astype(leaf.dtype)
@@ -103,15 +104,8 @@ def mix_rows(
   unrolled = functools.partial(_unrolled_mix_rows, matrix)
   few = matrix.size <= _MAX_UNROLLED
 
-  def made(leaf):
-    return _tiles.columns(
-      functools.partial(_mix_tile, matrix),
-      leaf,
-      num_column_axes=leaf.ndim - 1,
-      whole=unrolled if few else functools.partial(_mix_whole_rows, matrix),
-    )
-
-  return jax.tree.map(unrolled if few and fused else made, deltas)
+  made = unrolled if few and fused else functools.partial(_written_rows, matrix)
+  return jax.tree.map(made, deltas)
 
 
 def where_rows(
@@ -147,8 +141,11 @@ def keep_leaves(kept: types.PyTree, values: types.PyTree) -> types.PyTree:
   )
 
 
+@jax.custom_jvp
 def row_norms(deltas: types.Deltas) -> jax.Array:
   """Returns the [C] Euclidean norms of the rows, all leaves together.
+
+  The derivative is 0 for a row of zeros and one whose norm is not finite.
 
   Args:
     deltas: stacked tree, leaves [C, ...].
@@ -159,6 +156,32 @@ def row_norms(deltas: types.Deltas) -> jax.Array:
     return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
 
   return safe_sqrt(total([squared(x) for x in jax.tree.leaves(deltas)]))
+
+
+@row_norms.defjvp
+def _row_norms_jvp(primals, tangents):
+  """Differentiates the norms of the rows that have one."""
+  (deltas,), (changes,) = primals, tangents
+  norms = row_norms(deltas)
+  usable = jnp.isfinite(norms) & (norms > 0)
+  clean = where_rows(usable, deltas, jax.tree.map(jnp.zeros_like, deltas))
+  along = row_dots(clean, changes)
+  return norms, along / jnp.where(usable, norms, 1.0)
+
+
+def row_dots(deltas: types.Deltas, others: types.PyTree) -> jax.Array:
+  """Returns the [C] inner products of the rows with other rows, or one.
+
+  Args:
+    deltas: stacked tree, leaves [C, ...].
+    others: tree of the same structure, leaves [C, ...] or [...].
+  """
+
+  def dots(leaf, other):
+    products = leaf.astype(jnp.float32) * other.astype(jnp.float32)
+    return jnp.sum(products, axis=tuple(range(1, leaf.ndim)))
+
+  return total(jax.tree.leaves(jax.tree.map(dots, deltas, others)))
 
 
 def safe_sqrt(squares: jax.Array) -> jax.Array:
@@ -228,6 +251,12 @@ def nonfinite_last(values: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(values), values, jnp.inf)
 
 
+def finite_part(leaf: jax.Array) -> jax.Array:
+  """Returns a leaf in float32, entries that are not finite replaced by 0."""
+  values = leaf.astype(jnp.float32)
+  return jnp.where(jnp.isfinite(values), values, 0.0)
+
+
 def gram(deltas: types.Deltas) -> jax.Array:
   """Returns the [C, C] inner products of the rows, summed over the leaves.
 
@@ -235,14 +264,8 @@ def gram(deltas: types.Deltas) -> jax.Array:
     deltas: stacked tree, leaves [C, ...], finite.
   """
 
-  def products(leaf):
-    axes = tuple(range(1, leaf.ndim))
-    values = leaf.astype(jnp.float32)
-    return jnp.tensordot(
-      values, values, axes=(axes, axes), precision=lax.Precision.HIGHEST
-    )
-
-  return total([products(leaf) for leaf in jax.tree.leaves(deltas)])
+  wide = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(deltas)]
+  return total([_dot(leaf, leaf) for leaf in wide])
 
 
 def centered_products(
@@ -251,8 +274,12 @@ def centered_products(
   """Returns inner products of the rows relative to a center, and of it.
 
   The center is the coordinate-wise lower median of the rows, 0 where that is
-  not finite. Products are summed over the leaves, each leaf read once. A row
-  that holds a NaN or an infinity spoils its own row and column only.
+  not finite. Products are summed over the leaves; each leaf is read once for
+  its center and once for its products. A row that holds a NaN or an infinity
+  spoils its own row and column only.
+
+  The center counts as a constant in derivatives: distances and inner products
+  of the rows do not depend on it.
 
   Args:
     deltas: stacked tree, leaves [C, ...].
@@ -275,15 +302,28 @@ def centered_products(
 def _leaf_products(leaf: jax.Array, references: list[jax.Array]) -> jax.Array:
   """Returns the products of one leaf."""
   # Fused into the products, the center would be computed for each row.
-  center = lax.optimization_barrier(_median_row(leaf))
+  center = lax.stop_gradient(lax.optimization_barrier(_median_row(leaf)))
   others = jnp.stack([*references, jnp.zeros_like(center)])
-  blocks = lax.platform_dependent(
-    leaf, others, center, cpu=_tiled_products, default=_whole_products
-  )
-  products, across, outside = blocks
+  products, across, outside = _products(leaf, others, center)
   upper = jnp.concatenate([products, across], axis=1)
   lower = jnp.concatenate([across.T, outside], axis=1)
   return jnp.concatenate([upper, lower])
+
+
+@jax.custom_jvp
+def _products(rows, others, center) -> tuple[jax.Array, ...]:
+  """Multiplies rows and others minus center, each with each."""
+  return lax.platform_dependent(
+    rows, others, center, cpu=_tiled_products, default=_whole_products
+  )
+
+
+@_products.defjvp
+def _products_jvp(primals, tangents):
+  """Differentiates with bad entries as zeros: 0 times NaN would be NaN."""
+  clean = [finite_part(x) for x in primals]
+  wide = [x.astype(jnp.float32) for x in tangents]
+  return _products(*primals), jax.jvp(_whole_products, clean, wide)[1]
 
 
 def _whole_products(rows, others, center) -> tuple[jax.Array, ...]:
@@ -320,6 +360,30 @@ def _tiled_products(rows, others, center) -> tuple[jax.Array, ...]:
   return lax.fori_loop(0, num_tiles, add_tile, rest) if num_tiles else rest
 
 
+@jax.custom_jvp
+def _written_rows(matrix, leaf) -> jax.Array:
+  """Multiplies a matrix with a leaf, in tiles where that is faster."""
+  few = matrix.size <= _MAX_UNROLLED
+  whole = _unrolled_mix_rows if few else _mix_whole_rows
+  return _tiles.columns(
+    functools.partial(_mix_tile, matrix),
+    leaf,
+    num_column_axes=leaf.ndim - 1,
+    whole=functools.partial(whole, matrix),
+  )
+
+
+@_written_rows.defjvp
+def _written_rows_jvp(primals, tangents):
+  """Differentiates the product with bad entries as zeros."""
+  (matrix, leaf), (new_matrix, new_leaf) = primals, tangents
+  made = _written_rows(matrix, leaf)
+  dot = functools.partial(jnp.tensordot, axes=1, precision='highest')
+  change = dot(new_matrix, finite_part(leaf))
+  change += dot(matrix, new_leaf.astype(jnp.float32))
+  return made, change.astype(made.dtype)
+
+
 def _unrolled_mix_rows(matrix, leaf) -> jax.Array:
   """Multiplies row by row, in terms that fuse with what reads the result."""
   return jnp.stack([mix(weights, leaf) for weights in matrix])
@@ -327,10 +391,9 @@ def _unrolled_mix_rows(matrix, leaf) -> jax.Array:
 
 def _mix_whole_rows(matrix, leaf) -> jax.Array:
   """Multiplies a matrix with a leaf, bad entries apart from the others."""
-  values = leaf.astype(jnp.float32)
-  bad = ~jnp.isfinite(values)
+  bad = ~jnp.isfinite(leaf)
   dot = functools.partial(jnp.tensordot, axes=1, precision='highest')
-  made = dot(matrix, jnp.where(bad, 0.0, values))
+  made = dot(matrix, finite_part(leaf))
   touched = dot((matrix != 0).astype(jnp.float32), bad.astype(jnp.float32))
   return jnp.where(touched > 0, jnp.nan, made).astype(leaf.dtype)
 

@@ -116,9 +116,9 @@ class _Sums(NamedTuple):
 
 
 def _sparse(layered: jax.Array, cutoff: jax.Array) -> jax.Array:
-  """Returns rows [C, layers, ...] with small coordinates replaced by 0."""
+  """Replaces by 0 what is small or not finite, in rows [C, layers, ...]."""
   large = _top.magnitudes(layered) >= _top.spread(cutoff, layered)
-  return jnp.where(large, layered.astype(jnp.float32), 0.0)
+  return jnp.where(large, tree.finite_part(layered), 0.0)
 
 
 def _sums_of_layers(layered: jax.Array, cutoff, factors) -> _Sums:
@@ -151,8 +151,8 @@ def _mix_layers(
   coefficients: jax.Array, sparse: jax.Array, leaf: jax.Array
 ) -> jax.Array:
   """Combines rows [C, layers, ...] by coefficients [C, layers]."""
-  terms = []
-  for coefficient, row in zip(coefficients, tree.rows(sparse), strict=True):
-    factor = _top.spread(coefficient, row)
-    terms.append(jnp.where(factor == 0, 0.0, factor * row))
+  terms = [
+    _top.spread(coefficient, row) * row
+    for coefficient, row in zip(coefficients, tree.rows(sparse), strict=True)
+  ]
   return tree.total(terms).reshape(leaf.shape[1:]).astype(leaf.dtype)

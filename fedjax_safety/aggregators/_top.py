@@ -51,8 +51,3 @@ def cutoffs(leaves: list[jax.Array], count: int) -> jax.Array:
 def spread(values: jax.Array, leaf: jax.Array) -> jax.Array:
   """Shapes [C] or [C, layers] values so that they broadcast over a leaf."""
   return values.reshape(values.shape + (1,) * (leaf.ndim - values.ndim))
-
-
-def row_sum(values: jax.Array, dtype=jnp.float32, axes: int = 1) -> jax.Array:
-  """Sums over all but the first `axes` axes."""
-  return jnp.sum(values, axis=tuple(range(axes, values.ndim)), dtype=dtype)

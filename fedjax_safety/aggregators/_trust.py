@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjax_safety import _validate, tree, types
-from fedjax_safety.aggregators import _base, _rule, _top
+from fedjax_safety.aggregators import _base, _rule
 
 
 @_rule.whole(
@@ -69,15 +69,10 @@ def cosines_to(
     deltas: stacked tree of the same structure.
     norms: [C] norms of its rows.
   """
-  pairs = zip(jax.tree.leaves(vector), jax.tree.leaves(deltas), strict=True)
-  products = tree.total(
-    [
-      _top.row_sum(leaf.astype(jnp.float32) * values.astype(jnp.float32))
-      for values, leaf in pairs
-    ]
-  )
   length = tree.row_norms(jax.tree.map(lambda x: x[None], vector))[0]
-  usable = (norms > 0) & (length > 0)
+  usable = jnp.isfinite(norms) & (norms > 0) & (length > 0)
+  zeros = jax.tree.map(jnp.zeros_like, deltas)
+  products = tree.row_dots(tree.where_rows(usable, deltas, zeros), vector)
   cosines = products / jnp.where(usable, norms, 1.0)
   return jnp.where(usable, cosines / jnp.where(usable, length, 1.0), 0.0)
 

@@ -203,5 +203,5 @@ def _projections(deltas: types.Deltas, honest: _honest.Honest) -> jax.Array:
   # The direction is a combination of the deviations, by the top eigenvector
   # of their products; its own length does not change who is farthest.
   top = jnp.linalg.eigh(products)[1][:, -1]
-  on_mean = jnp.dot(top, _honest.dots(away, honest.mean))
+  on_mean = jnp.dot(top, tree.row_dots(away, honest.mean))
   return jnp.abs(jnp.matmul(products, top, precision='highest') + on_mean)

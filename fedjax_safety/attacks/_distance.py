@@ -121,7 +121,7 @@ def _as_far_as(deltas, is_malicious, perturbation, reach):
   sq_dists = squares[:, None] + squares[None, :] - 2 * products
   pairs = honest.usable[:, None] & honest.usable[None, :]
   sq_dists = jnp.where(pairs, jnp.maximum(sq_dists, 0.0), 0.0)
-  gamma = reach(squares, sq_dists, _honest.dots(away, direction), honest)
+  gamma = reach(squares, sq_dists, tree.row_dots(away, direction), honest)
   row = jax.tree.map(lambda m, p: m + gamma * p, honest.mean, direction)
   return _honest.write(deltas, is_malicious, honest, row)
 

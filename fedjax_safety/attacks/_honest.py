@@ -68,16 +68,6 @@ def bounds(
   return jax.tree.map(lowest, deltas), highest
 
 
-def dots(deltas: types.Deltas, row: types.Adapter) -> jax.Array:
-  """Returns the [C] inner products of all rows with one more."""
-
-  def dot(leaf, other):
-    axes = tuple(range(1, leaf.ndim))
-    return jnp.sum(leaf.astype(jnp.float32) * other, axis=axes)
-
-  return tree.total(jax.tree.leaves(jax.tree.map(dot, deltas, row)))
-
-
 def norm(row: types.Adapter) -> jax.Array:
   """Returns the Euclidean norm of one row."""
   squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(row)]

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_safety import aggregators
+from fedjax_safety.aggregators import _rule
+
 _SPEC = importlib.util.spec_from_file_location(
   'contract', pathlib.Path(__file__).with_name('contract_test.py')
 )
@@ -64,3 +67,53 @@ def test_the_derivative_is_finite_where_norms_and_spreads_are_zero(case, kind):
   else:
     rows[2 if kind == 'one row of zeros' else slice(None)] = 0
   assert np.isfinite(_both(case)(rows)[1]).all()
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('case', CASES)
+def test_a_row_that_is_not_finite_has_a_derivative_of_zero(case, value):
+  rows = _rows(2)
+  rows[2] = value
+  number, slopes = _both(case)(rows)
+  assert np.isfinite(number)
+  assert np.isfinite(slopes).all()
+  assert not slopes[2].any()
+  assert slopes.any() != (case == 'sign_majority')
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize('case', CASES)
+def test_one_bad_entry_leaves_all_derivatives_finite(case, value):
+  rows = _rows(2)
+  rows[2, 3] = value
+  _, slopes = _both(case)(rows)
+  assert np.isfinite(slopes).all()
+  assert slopes[2, 3] == 0
+  if _rule.REGISTRY[contract.CASES[case].name].kind == 'affine':
+    assert not slopes[2].any()
+
+
+@pytest.mark.parametrize('num_columns', [6, 5_000])
+def test_rows_that_are_made_of_rows_have_derivatives_beside_bad_ones(
+  num_columns,
+):
+  rows = np.random.default_rng(3).standard_normal((7, num_columns))
+  rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+  rows = np.float32(rows * np.arange(1, 8)[:, None])
+  rows[2, 3] = np.nan
+
+  @jax.jit
+  @jax.grad
+  def slopes_of(rows):
+    # Row 6, and the one that is not finite, are clipped to the norm of row 5.
+    made = aggregators.adaptive_clipping(rows, num_byzantine=2)
+    return jnp.sum(made[6, :2]) + made[0, 3]
+
+  slopes = slopes_of(rows)
+  sizes = np.linalg.norm(rows, axis=1)
+  want = np.zeros_like(rows)
+  want[0, 3] = 1
+  want[5] = rows[6, :2].sum() / sizes[6] * rows[5] / sizes[5]
+  want[6, :2] = sizes[5] / sizes[6]
+  want[6] -= rows[6, :2].sum() * sizes[5] / sizes[6] ** 3 * rows[6]
+  np.testing.assert_allclose(slopes, want, rtol=0, atol=1e-5)
