@@ -147,16 +147,18 @@ def meamed(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:
   Reference: Xie, Koyejo, Gupta. Generalized Byzantine-tolerant SGD.
   arXiv 1802.10116, 2018.
   """
-  n = len(values)
+  n, f = len(values), num_byzantine
   ordered = tree.order_statistics(values, range(n))
   center = 0.5 * ordered[(n - 1) // 2] + 0.5 * ordered[n // 2]
-  return _mean_around(center, ordered, num_byzantine)
+  # Where the center is finite, so is all that is not above it.
+  middle = _finite_sum(ordered[f], ordered[f : n - f], n // 2 + 1 - f)
+  return _mean_around(center, ordered, middle, f)
 
 
 @_rule.coordinatewise(
   check=_check('phocas'),
   paper='Xie, Koyejo, Gupta, 2018',
-  guarantee='(f, κ), κ = 4f/(n−f)·(1 + 6f/(n−2f)·(1 + f/(n−2f)))',
+  guarantee=('(f, κ), κ = 4f/(n−f)·(1 + 6f/(n−2f)·(1 + f/(n−2f)))'),
   needs='n ≥ 2f + 1',
 )
 def phocas(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:
@@ -182,31 +184,47 @@ def phocas(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:
   """
   n, f = len(values), num_byzantine
   ordered = tree.order_statistics(values, range(n))
-  center = _mean_relative_to(ordered[f], ordered[f : n - f])
-  return _mean_around(center, ordered, f)
+  middle = _finite_sum(ordered[f], ordered[f : n - f], 1)
+  center = ordered[f] + middle[0] / middle[1]
+  return _mean_around(center, ordered, middle, f)
 
 
 def _mean_around(
-  center: jax.Array, ordered: Sequence[jax.Array], num_byzantine: int
+  center: jax.Array,
+  ordered: Sequence[jax.Array],
+  middle: tuple[jax.Array, jax.Array | float],
+  num_byzantine: int,
 ) -> jax.Array:
-  """Returns the mean of the n - f sorted values nearest to a center."""
+  """Returns the mean of the n - f sorted values nearest to a center.
+
+  `middle` is the `_finite_sum` of those that are neither of the f lowest nor
+  of the f highest, relative to the lowest of them.
+  """
   # They lie side by side. Starting from the lowest n - f, the next above
   # replaces the lowest while it is nearer to the center: value s gives way to
   # value s + n - f. Chosen one by one, so that no outlier enters the sum.
   f, size = num_byzantine, len(ordered) - num_byzantine
-  nearest = list(ordered[f:size])
+  excess, count = middle
   for low, high in zip(ordered[:f], ordered[size:], strict=True):
-    nearest.append(jnp.where(high - center < center - low, high, low))
-  return _mean_relative_to(center, nearest)
+    nearer = jnp.where(high - center < center - low, high, low)
+    excess = excess + (nearer - ordered[f])
+  return ordered[f] + excess / (count + f)
 
 
-def _mean_relative_to(
-  origin: jax.Array, values: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns the mean of the finite values; exact if all are the origin."""
-  excess = [jnp.where(v < jnp.inf, v - origin, 0.0) for v in values]
-  count = jnp.maximum(_num_finite(values), 1.0)
-  return origin + tree.total(excess) / count
+def _finite_sum(
+  origin: jax.Array, values: Sequence[jax.Array], num_known: int = 0
+) -> tuple[jax.Array, jax.Array | float]:
+  """Returns the sum of the finite values minus an origin, and their number.
+
+  The first `num_known` need no look. Each look is dear where many values are
+  sorted in the same kernel: beyond some length a CPU runs it several times
+  slower.
+  """
+  known, others = values[:num_known], values[num_known:]
+  excess = [value - origin for value in known]
+  excess += [jnp.where(v < jnp.inf, v - origin, 0.0) for v in others]
+  count = _num_finite(others) if others else 0.0
+  return tree.total(excess), num_known + count
 
 
 @_rule.coordinatewise(
@@ -275,7 +293,8 @@ def robust_learning_rate(
   Federated Learning with Robust Learning Rate. AAAI 2021.
   """
   agreed = jnp.abs(_votes(values)) >= threshold
-  mean = _mean_relative_to(jnp.zeros_like(values[0]), values)
+  total, count = _finite_sum(jnp.zeros_like(values[0]), values)
+  mean = total / jnp.maximum(count, 1.0)
   return jnp.where(agreed, mean, -mean)
 
 
