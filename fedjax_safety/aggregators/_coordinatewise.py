@@ -25,7 +25,7 @@ def _check(name: str) -> Callable[..., None]:
 
 @_rule.coordinatewise(
   paper='Yin et al., ICML 2018',
-  guarantee='(f, κ), κ = 4(1 + f/(n−2f))²',
+  guarantee='(f, κ), κ = 4(1 + f/(n−2f))², Allouah et al., 2023',
   needs='n ≥ 2f + 1',
 )
 def median(values: Sequence[jax.Array]) -> jax.Array:
@@ -56,7 +56,7 @@ def median(values: Sequence[jax.Array]) -> jax.Array:
 @_rule.coordinatewise(
   check=_check('trimmed_mean'),
   paper='Yin et al., ICML 2018',
-  guarantee='(f, κ), κ = 6f/(n−2f)·(1 + f/(n−2f))',
+  guarantee='(f, κ), κ = 6f/(n−2f)·(1 + f/(n−2f)), Allouah et al., 2023',
   needs='n ≥ 2f + 1',
 )
 def trimmed_mean(
@@ -117,7 +117,7 @@ def _num_finite(values: Sequence[jax.Array]) -> jax.Array:
 @_rule.coordinatewise(
   check=_check('meamed'),
   paper='Xie, Koyejo, Gupta, 2018',
-  guarantee='(f, κ), κ = 4f/(n−f)·(1 + 4(1 + f/(n−2f))²)',
+  guarantee='(f, κ), κ = 4f/(n−f)·(1 + 4(1 + f/(n−2f))²), own proof',
   needs='n ≥ 2f + 1',
 )
 def meamed(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:
@@ -158,7 +158,7 @@ def meamed(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:
 @_rule.coordinatewise(
   check=_check('phocas'),
   paper='Xie, Koyejo, Gupta, 2018',
-  guarantee=('(f, κ), κ = 4f/(n−f)·(1 + 6f/(n−2f)·(1 + f/(n−2f)))'),
+  guarantee=('(f, κ), κ = 4f/(n−f)·(1 + 6f/(n−2f)·(1 + f/(n−2f))), own proof'),
   needs='n ≥ 2f + 1',
 )
 def phocas(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:

@@ -24,7 +24,7 @@ def _check_geometric_median(
 @_rule.affine(
   check=_check_geometric_median,
   paper='Pillutla et al., IEEE TSP 2022',
-  guarantee='(f, κ), κ = 4(1 + f/(n−2f))²',
+  guarantee='(f, κ), κ = 4(1 + f/(n−2f))², Allouah et al., 2023',
   needs='n ≥ 2f + 1',
 )
 def geometric_median(

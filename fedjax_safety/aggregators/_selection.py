@@ -6,7 +6,9 @@ reading has a name here, `variant`:
   paper       f + 2 clients are left out of a row's n - f - 2 neighbors;
               squared distances; needs n >= 2f + 3 (Blanchard et al., 2017).
   byzfl       n - f - 1 neighbors, squared distances; needs n >= 2f + 1 (the
-              ByzFL library).
+              ByzFL library). The bound of Allouah et al., AISTATS 2023,
+              κ = 6(1 + f/(n−2f)), needs as many neighbors; with one less the
+              same argument gives 6(1 + (f+1)/(n−2f−1)).
   openfedllm  the row itself and its n - f - 1 nearest neighbors, distances
               not squared; multi-Krum then averages the neighborhood of the
               best row rather than the best rows. No bound is checked beyond
@@ -61,7 +63,7 @@ def _check_multi_krum(
 @_rule.affine(
   check=_check_krum,
   paper='Blanchard et al., NeurIPS 2017',
-  guarantee='(f, κ), κ = 6(1 + f/(n−2f))',
+  guarantee='(f, κ), κ = 6(1 + (f+1)/(n−2f−1)), own proof',
   needs='n ≥ 2f + 3',
 )
 def krum(
@@ -103,7 +105,7 @@ def krum(
 @_rule.affine(
   check=_check_multi_krum,
   paper='Blanchard et al., NeurIPS 2017',
-  guarantee='(f, κ), κ = 6(1 + (f+1)/(n−2f−1))',
+  guarantee='(f, κ), κ = 6(1 + (f+1)/(n−2f−1)), own proof',
   needs='n ≥ 2f + 3',
 )
 def multi_krum(

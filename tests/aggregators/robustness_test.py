@@ -117,6 +117,7 @@ _NOTATION = {'−': '-', '·': '*', '²': '**2', ' ': ''}
 def _stated(name: str) -> str:
   """Returns the κ of a rule in the registry as a Python expression."""
   formula = _rule.REGISTRY[name].guarantee.partition('κ = ')[2]
+  formula = formula.partition(', ')[0]  # the rest says whose it is
   for sign, operator in _NOTATION.items():
     formula = formula.replace(sign, operator)
   return re.sub(r'(?<=[\d)])(?=[fn(])', '*', formula)
@@ -141,13 +142,27 @@ def _caf_bound(n, f):
 
 # Rule, or rule after a preaggregator -> what its error is measured in, and κ.
 #
-# Not all are published as they stand. Multi-Krum: of the n - f - 2 neighbors
-# of a row and the row itself, n - 2f - 1 are in S; the lowest scores are on
-# average no higher than those of S, 2 (n - f) times its spread; hence squared
-# distances from the mean of (1 + √2)² (n - f)/(n - 2f - 1) spreads on average.
-# MeaMed and Phocas: each value kept from outside S is nearer to the center
-# than one of S that is left out, so that the mean moves by 2/(n - f) times
-# the sum of f distances from the center, itself within its own κ.
+# Sources. Allouah et al., AISTATS 2023: the geometric median, the median, the
+# trimmed mean, Krum with n - f - 1 neighbors, mixing. Allouah et al., ICML
+# 2023: SMEA. Allouah et al., ICLR 2025: adaptive clipping. Ours, S being the
+# n - f rows, V their mean squared distance from their mean:
+#
+# Krum and multi-Krum with n - f - 2 neighbors. Of a row's neighbors and the
+# row itself n - 2f - 1 at least are in S. For each such j and any c > 0,
+# |x - m|² <= (1 + c) |x - x_j|² + (1 + 1/c) |x_j - m|². Averaged over those j,
+# the first is at most score / (n - 2f - 1), the second (n - f) V over the
+# same. The rows of lowest score have on average no higher ones than those of
+# S, which are at most 2 (n - f) V on average. With c = √½ that makes
+# (1 + √2)² (n - f)/(n - 2f - 1) < 6 (1 + (f + 1)/(n - 2f - 1)).
+#
+# MeaMed and Phocas. Of the values kept, q <= f are not in S, and each is no
+# farther from the center z than one of the q of S left out. So the mean moves
+# by 2/(n - f) times the sum of their |x_s - z|, squared by at most
+# 4f/(n - f)² times the sum over S of |x_s - z|² = (n - f) (V + |m - z|²), and
+# |m - z|² is at most the center's own κ times V.
+#
+# MDA. Each row kept that is not in S has one of S left out, and both are
+# within the diameter of S from any row in both.
 _BOUNDS = {
   name: (_variance, functools.partial(_kappa, name))
   for name in (
@@ -229,9 +244,9 @@ def test_error_is_within_the_bound(rule, cohort_size, num_byzantine):
 
 @pytest.mark.parametrize('rule', ['krum', 'multi_krum'])
 def test_variants_of_krum_are_within_the_bound(rule):
-  # With one neighbor more, the bound of Krum holds for both of them.
-  kappa = _kappa('krum', 7, 3)
-  _check(rule, 7, 3, kappa, variant='byzfl')
+  # With one neighbor more the published bound holds, for both of them.
+  n, f = 7, 3
+  _check(rule, n, f, 6 * (1 + f / (n - 2 * f)), variant='byzfl')
 
 
 @pytest.mark.parametrize('rule', _BOUNDS)
