@@ -16,7 +16,7 @@ def _check_bulyan(cohort_size: int, *, num_byzantine: int) -> None:
   check=_check_bulyan,
   paper='El Mhamdi et al., ICML 2018',
   guarantee='no value leaves the honest range by more than its width',
-  cost='C² P + C log² C P, two reads',
+  cost='C² P + C log² C P, three reads',
   needs='n ≥ 4f + 3',
   acts_on='factors',
 )

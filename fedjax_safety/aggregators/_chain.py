@@ -1,7 +1,7 @@
 """Runs rules: any number of preaggregators, then one aggregator.
 
 The steps that are matrices are multiplied, not applied, so that the deltas
-are read once to measure them and once to combine them, however long the chain.
+are read as often as by the last rule alone, however long the chain.
 """
 
 import functools

@@ -25,7 +25,7 @@ def _check_flame(cohort_size: int, *, noise_multiplier: float) -> None:
   check=_check_flame,
   paper='Nguyen et al., USENIX Security 2022',
   guarantee='none as (f, κ); noise for backdoors',
-  cost='C² P, two reads',
+  cost='C² P, three reads',
   needs='n ≥ 2f + 1, a key',
   acts_on='factors',
 )
@@ -114,7 +114,7 @@ def _check_clipped_clustering(cohort_size: int, *, num_rounds: int) -> None:
   check=_check_clipped_clustering,
   paper='Li, Ngai, Voigt, IEEE TBD 2023',
   guarantee='none proven',
-  cost='C² P, two reads',
+  cost='C² P, three reads',
   needs='n ≥ 2f + 1 and n ≥ 3',
   acts_on='factors',
 )

@@ -132,7 +132,7 @@ def _check_centered_clipping(
   check=_check_centered_clipping,
   paper='Karimireddy et al., ICML 2021',
   guarantee='a row moves the center by clip_norm/n at most; δ ≤ 0.1',
-  cost='C² P, two reads',
+  cost='C² P, three reads',
   needs='the scale of the honest spread',
   acts_on='factors',
 )
@@ -144,7 +144,7 @@ def centered_clipping(
   The center starts at 0 and is the aggregate of the last round after that. An
   iteration clips the differences of the rows from the center to a norm of
   `clip_norm` and adds their mean to the center, so that a single row moves
-  it by `clip_norm / C` at most. The deltas are read twice, however many
+  it by `clip_norm / C` at most. The deltas are read three times, however many
   iterations there are.
 
   A row with a NaN or an infinity is left out of the mean; if all are, the

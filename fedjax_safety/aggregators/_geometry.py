@@ -1,4 +1,4 @@
-"""All that affine rules need to know about the rows, from one pass over them.
+"""All that affine rules need to know about the rows, whatever they do with it.
 
 A rule that returns `sum_c coefficient[c] * row[c]` decides on distances, norms
 and angles alone. They follow from one matrix of inner products, here called
@@ -41,11 +41,11 @@ class Geometry(NamedTuple):
 def measure(
   deltas: types.Deltas, references: Sequence[types.Adapter] = ()
 ) -> Geometry:
-  """Returns the geometry of the rows, reading the deltas once.
+  """Returns the geometry of the rows, reading the deltas twice.
 
-  Each tile of the deltas is centered on its coordinate-wise median, which a
-  minority of rows of any size cannot move out of the range of the others, so
-  that distances among the others keep float32 accuracy.
+  Once for the center and once for the products. The center is the median of
+  every coordinate, which a minority of rows of any size cannot move out of the
+  range of the others, so that distances among those keep float32 accuracy.
 
   Args:
     deltas: stacked tree, leaves [C, ...].

@@ -34,7 +34,7 @@ def _check_dp_mean(
   check=_check_dp_mean,
   paper='McMahan et al., ICLR 2018',
   guarantee=_PROTECTS,
-  cost='C P, two reads',
+  cost='C P, three reads',
   needs='a key',
   acts_on='factors',
 )
@@ -134,7 +134,7 @@ def _check_dp_mean_adaptive(
   check=_check_dp_mean_adaptive,
   paper='Andrew et al., NeurIPS 2021',
   guarantee=_PROTECTS,
-  cost='C P, two reads',
+  cost='C P, three reads',
   needs='a key',
   acts_on='factors',
 )

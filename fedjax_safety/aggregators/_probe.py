@@ -56,7 +56,7 @@ def _check(
   check=_check,
   paper='after Xie et al., ICML 2019',
   guarantee='none as (f, κ); a row is judged by what it does to held answers',
-  cost='passes × C losses, three reads',
+  cost='passes × (C losses, two reads), three reads',
   needs='`adapter`, `probe` of an adapter',
   acts_on='factors',
 )

@@ -105,10 +105,10 @@ def _declare(
 
 
 affine = functools.partial(
-  _declare, 'affine', cost='C² P, two reads', acts_on='factors or product'
+  _declare, 'affine', cost='C² P, three reads', acts_on='factors or product'
 )
 matrix = functools.partial(
-  _declare, 'matrix', cost='C² P, two reads', acts_on='factors or product'
+  _declare, 'matrix', cost='C² P, three reads', acts_on='factors or product'
 )
 coordinatewise = functools.partial(
   _declare,

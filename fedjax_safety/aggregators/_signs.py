@@ -40,7 +40,7 @@ def _check_signguard(
   check=_check_signguard,
   paper='Xu et al., ICDCS 2022',
   guarantee='none as (f, κ)',
-  cost='C P, three reads',
+  cost='C P, four reads',
   needs='n ≥ 2f + 1, a key',
   acts_on='factors',
 )

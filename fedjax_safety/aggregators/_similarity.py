@@ -53,7 +53,7 @@ def foolsgold(
   check=_check_foolsgold,
   paper='Fung et al., RAID 2020',
   guarantee='none; aims at sybils',
-  cost='C² P, three reads, C P kept',
+  cost='C² P, six reads, C P kept',
   needs='the same client in a row every round',
   acts_on='factors',
 )

@@ -35,7 +35,7 @@ def _check_dnc(
   check=_check_dnc,
   paper='Shejwalkar, Houmansadr, NDSS 2021',
   guarantee='under bounded spread',
-  cost='C² b + C P, one read',
+  cost='C² b + C P, two reads',
   needs='n ≥ 2f + 1, a key',
   acts_on='factors',
 )

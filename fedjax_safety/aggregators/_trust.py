@@ -13,7 +13,7 @@ from fedjax_safety.aggregators import _base, _rule
 @_rule.whole(
   paper='Cao et al., NDSS 2021',
   guarantee='none as (f, κ); any f with a good root delta',
-  cost='C P, three reads',
+  cost='C P, four reads',
   needs='`root_delta` of the server',
   acts_on='factors',
 )
@@ -87,7 +87,7 @@ def _check_zeno(cohort_size: int, *, num_byzantine: int, rho: float) -> None:
   check=_check_zeno,
   paper='Xie et al., ICML 2019',
   guarantee='descends for any f < n, if the loss is a fair sample',
-  cost='C losses, two reads',
+  cost='C losses, four reads',
   needs='n ≥ f + 1, `loss_fn` of a delta',
   acts_on='factors',
 )
