@@ -4,6 +4,7 @@ The whole round is one jitted program. A client is a row: every stacked tree
 has leading axis C, and where a mesh is set its axis `clients` holds that one.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -151,16 +152,161 @@ def _accepted(function, **kwargs):
   return {name: value for name, value in kwargs.items() if name in known}
 
 
-def _held(probe, base_params, sent):
-  """Returns what a rule may ask of the pairs that the server holds."""
-  if probe is None:
-    return {}
-  return {
-    'probe': lambda adapter: probe(base_params, adapter),
-    'loss_fn': lambda delta: probe(
-      base_params, jax.tree.map(jnp.add, sent, delta)
-    ),
-  }
+class _Parts(NamedTuple):
+  """What a round is made of; see `make_round`."""
+
+  local_update: Callable
+  aggregator: Aggregator
+  optimizer: optax.GradientTransformation
+  algorithm: client_algorithms.ClientAlgorithm
+  attack: Callable | None
+  trainable: Callable | None
+  probe: Callable | None
+  references: Callable | None
+  clients_per_chunk: int | None
+  sharded: bool
+
+
+class _Sent(NamedTuple):
+  """What the server sends out: its base, its adapter, and how to train it.
+
+  `masks` holds `trainable`, a tree of bool scalars, where not all is trained.
+  """
+
+  base_params: types.PyTree
+  adapter: types.Adapter
+  learning_rate: jax.Array
+  masks: dict[str, types.PyTree]
+
+  def trained(self, delta):
+    """Returns a delta, or stacked ones, 0 where the round trains nothing."""
+    if not self.masks:
+      return delta
+    return tree.keep_leaves(self.masks['trainable'], delta)
+
+
+def _broadcast(parts, base_params, state, learning_rate) -> _Sent:
+  """Returns what this round's clients start from."""
+  masks = {}
+  if parts.trainable is not None:
+    masks['trainable'] = parts.trainable(state.adapter, state.round_index)
+  return _Sent(base_params, state.adapter, learning_rate, masks)
+
+
+def _train(parts, sent, data, key, correct=None):
+  """Trains one client on `data`, its tokens and loss mask."""
+  return parts.local_update(
+    sent.base_params,
+    sent.adapter,
+    *data,
+    key,
+    sent.learning_rate,
+    **sent.masks,
+    **correct or {},
+  )
+
+
+def _clients(parts, sent, state, cohort, key):
+  """Trains the cohort; keys follow the clients, not their rows."""
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, cohort.client_id)
+  received = parts.algorithm.send(state.client_state, cohort.client_id)
+
+  # Whoever is malicious matters where clients may not do as they are told.
+  deviates = None if parts.algorithm.aligns is None else cohort.is_malicious
+
+  def train(tokens, loss_mask, own):
+    key, *about = own
+    correct = client_algorithms.correction(
+      parts.algorithm, *about, num_steps=len(tokens)
+    )
+    return _train(parts, sent, (tokens, loss_mask), key, correct)
+
+  return _map_clients(
+    train,
+    cohort.tokens,
+    cohort.loss_mask,
+    (keys, received, deviates),
+    parts.clients_per_chunk,
+    parts.sharded,
+  )
+
+
+def _offered(parts, sent, key):
+  """Returns what a rule may ask of the server: its adapter, pairs and data."""
+
+  def played():
+    *data, is_unsafe = parts.references(jax.random.fold_in(key, 1))
+    keys = jax.random.split(jax.random.fold_in(key, 2), len(is_unsafe))
+    made = jax.lax.map(
+      lambda row: _train(parts, sent, row[:-1], row[-1]), (*data, keys)
+    )
+    return made.delta, is_unsafe
+
+  offered = {'adapter': sent.adapter, 'references': played}
+  if parts.probe is None:
+    return offered
+
+  def probe(adapter):
+    return parts.probe(sent.base_params, adapter)
+
+  def loss_fn(delta):
+    return probe(jax.tree.map(jnp.add, sent.adapter, delta))
+
+  return offered | {'probe': probe, 'loss_fn': loss_fn}
+
+
+def _aggregate(parts, sent, state, cohort, key, deltas):
+  """Applies the server's rule to what was trained."""
+  update = parts.aggregator.update
+  output = update(
+    sent.trained(deltas),
+    state.aggregator_state,
+    weights=cohort.weight,
+    key=key,
+    **_accepted(update, **_offered(parts, sent, key)),
+  )
+  # A rule may add noise, which must not move what is frozen.
+  return output._replace(delta=sent.trained(output.delta))
+
+
+def _attacked(parts, sent, aggregate, deltas, cohort, key):
+  """Returns the deltas that the server gets."""
+  if parts.attack is None:
+    return deltas
+  seen = _accepted(
+    parts.attack,
+    adapter=sent.adapter,
+    aggregate=lambda deltas: aggregate(deltas).delta,
+  )
+  return parts.attack(deltas, cohort.is_malicious, key, **seen)
+
+
+def _round(parts, base_params, state, cohort, key, learning_rate):
+  """Broadcasts, trains, attacks, aggregates and applies."""
+  round_key = jax.random.fold_in(key, state.round_index)
+  client_key, attack_key, rule_key = jax.random.split(round_key, 3)
+  sent = _broadcast(parts, base_params, state, learning_rate)
+  clients = _clients(parts, sent, state, cohort, client_key)
+  aggregate = functools.partial(
+    _aggregate, parts, sent, state, cohort, rule_key
+  )
+  deltas = _attacked(parts, sent, aggregate, clients.delta, cohort, attack_key)
+  output = aggregate(deltas)
+  adapter, server_state = server_update.apply(
+    parts.optimizer, state.adapter, output.delta, state.server_state
+  )
+  num_local_steps = cohort.tokens.shape[1]
+  client_state = parts.algorithm.receive(
+    state.client_state,
+    cohort.client_id,
+    deltas,
+    learning_rate * num_local_steps,
+  )
+  new_state = RoundState(
+    adapter, server_state, output.state, state.round_index + 1, client_state
+  )
+  clients = clients._replace(delta=deltas)
+  return new_state, _metrics(clients, output, output.delta, cohort)
 
 
 def make_round(
@@ -215,87 +361,21 @@ def make_round(
     metrics)`.
   """
   sharded = mesh is not None and CLIENTS_AXIS in mesh.axis_names
+  parts = _Parts(
+    local_update,
+    aggregator,
+    optimizer,
+    algorithm,
+    attack,
+    trainable,
+    probe,
+    references,
+    clients_per_chunk,
+    sharded,
+  )
 
   def round_fn(base_params, state, cohort, key, learning_rate):
-    round_key = jax.random.fold_in(key, state.round_index)
-    client_key, attack_key, rule_key = jax.random.split(round_key, 3)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(client_key, cohort.client_id)
-    sent, masks = state.adapter, {}
-    if trainable is not None:
-      masks = {'trainable': trainable(sent, state.round_index)}
-    received = algorithm.send(state.client_state, cohort.client_id)
-    # Whoever is malicious matters where clients may not do as they are told.
-    deviates = None if algorithm.aligns is None else cohort.is_malicious
-    own = (keys, received, deviates)
-
-    def train(tokens, loss_mask, own):
-      key, *about = own
-      data = (tokens, loss_mask, key)
-      kwargs = masks | client_algorithms.correction(
-        algorithm, *about, num_steps=len(tokens)
-      )
-      return local_update(base_params, sent, *data, learning_rate, **kwargs)
-
-    clients = _map_clients(
-      train, cohort.tokens, cohort.loss_mask, own, clients_per_chunk, sharded
-    )
-
-    def played():
-      tokens, mask, is_unsafe = references(jax.random.fold_in(rule_key, 1))
-      keys = jax.random.split(jax.random.fold_in(rule_key, 2), len(is_unsafe))
-      made = jax.lax.map(
-        lambda row: local_update(
-          base_params, sent, *row, learning_rate, **masks
-        ),
-        (tokens, mask, keys),
-      )
-      return made.delta, is_unsafe
-
-    def aggregate(deltas):
-      if masks:
-        deltas = tree.keep_leaves(masks['trainable'], deltas)
-      output = aggregator.update(
-        deltas,
-        state.aggregator_state,
-        weights=cohort.weight,
-        key=rule_key,
-        **_accepted(
-          aggregator.update,
-          adapter=sent,
-          references=played,
-          **_held(probe, base_params, sent),
-        ),
-      )
-      if masks:
-        # A rule may add noise, which must not move what is frozen.
-        delta = tree.keep_leaves(masks['trainable'], output.delta)
-        output = output._replace(delta=delta)
-      return output
-
-    deltas = clients.delta
-    if attack is not None:
-      seen = _accepted(
-        attack,
-        adapter=sent,
-        aggregate=lambda deltas: aggregate(deltas).delta,
-      )
-      deltas = attack(deltas, cohort.is_malicious, attack_key, **seen)
-      clients = clients._replace(delta=deltas)
-    output = aggregate(deltas)
-    adapter, server_state = server_update.apply(
-      optimizer, state.adapter, output.delta, state.server_state
-    )
-    num_local_steps = cohort.tokens.shape[1]
-    client_state = algorithm.receive(
-      state.client_state,
-      cohort.client_id,
-      deltas,
-      learning_rate * num_local_steps,
-    )
-    new_state = RoundState(
-      adapter, server_state, output.state, state.round_index + 1, client_state
-    )
-    return new_state, _metrics(clients, output, output.delta, cohort)
+    return _round(parts, base_params, state, cohort, key, learning_rate)
 
   # Shapes do not change within a run, so a second trace would be a defect.
   # Chex counts by name: an earlier run's count must not be held against this.
