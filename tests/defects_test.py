@@ -267,8 +267,8 @@ ELSEWHERE = {
     'test_mean_of_no_weight_is_zero',
   ),
   'mixing that gathers all neighbors of all rows': (
-    'aggregators/preaggregate_test.py',
-    'test_mixing_holds_no_neighbors_in_memory',
+    'aggregators/memory_test.py',
+    'test_one_copy_of_the_rows_is_the_most_that_a_rule_holds',
   ),
   'NaN looked for in one tensor alone': (
     'aggregators/contract_test.py',
