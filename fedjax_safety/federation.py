@@ -261,8 +261,9 @@ def traffic(
 def _record(config, arm, round_index, metrics, seconds) -> dict[str, Any]:
   """Returns a round's line in metrics.jsonl, from arrays.
 
-  A detection rate of nobody is left out: it was not measured, and says
-  nothing of whether training diverged. Privacy is told of the whole run.
+  What was not measured is left out: its time, or a detection rate of nobody,
+  which says nothing of whether training diverged. Privacy is told of the
+  whole run.
   """
   values = {
     k: np.asarray(v).tolist()
@@ -279,7 +280,7 @@ def _record(config, arm, round_index, metrics, seconds) -> dict[str, Any]:
     'round': round_index,
     'client/learning_rate': learning_rate(config.client, round_index),
     **values,
-    'time/round_s': round(seconds, 4),
+    **({} if seconds is None else {'time/round_s': round(seconds, 4)}),
   }
 
 
@@ -314,7 +315,8 @@ def _rounds(
       jnp.float32(learning_rate(config.client, index)),
     )
     adapter, projected = project(state.adapter)
-    yield index, state._replace(adapter=adapter), metrics | projected
+    state = state._replace(adapter=adapter)
+    yield index, state, metrics | projected
 
 
 def _no_measure(round_index: int, adapter: types.Adapter) -> dict[str, Any]:
@@ -362,13 +364,18 @@ def federate(
     """Saves a finished round; waits for its arrays."""
     nonlocal clock
     if metrics:
-      seconds = time.monotonic() - clock
-      values = metrics | measure(index, state.adapter)
+      jax.block_until_ready(metrics)
+      now = time.monotonic()
+      seconds, clock = None if clock is None else now - clock, now
+      measured = measure(index, state.adapter)
+      if measured:
+        # The next round, already running, gets no time of its own.
+        clock = None
+      values = metrics | measured
       # Metrics first: a run killed in between writes them again, while a
       # round that is saved is never run again.
       record = _record(config, arm, index, values, seconds)
       writer.write(record | traffic(parts, state, index))
-      clock = time.monotonic()
       meta = {'round': index + 1, 'arm': arm, 'config_digest': digest}
       checkpointer.save(state, meta)
       bar.set_postfix(loss=f'{float(metrics["client/loss"]):.3f}')

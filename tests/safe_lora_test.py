@@ -1,7 +1,9 @@
 """Projection onto a safety subspace: what it keeps, and a run with it."""
 
 import json
+import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +125,15 @@ def test_a_run_stays_within(tiny_config, aligned, tmp_path):
       rest = leaf - (leaf @ direction)[..., None] * direction
       assert np.abs(leaf).max() > 1e-3
       assert np.abs(rest).max() < 1e-5
+  # The second round starts from what the first one projected: so does a
+  # resumed run, which finds nothing else.
+  arm = tmp_path / 'run/runs/run/seed_0'
+  for part in ('adapters', 'evaluations', 'checkpoints/2'):
+    shutil.rmtree(arm / part)
+  experiment.run(tree, tmp_path / 'run')
+  chex.assert_trees_all_equal(
+    load.load_adapter(stage, model.config)[0], adapter
+  )
 
 
 @pytest.mark.parametrize(
