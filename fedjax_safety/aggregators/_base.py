@@ -110,6 +110,21 @@ def normalized(weights: types.Weights) -> types.Weights:
   return weights / jnp.where(whole > 0, whole, 1.0)
 
 
+def shares(weights: types.Weights | None, finite: types.RowMask) -> jax.Array:
+  """Returns weights [C] that sum to 1, and 0 for rows that cannot be used.
+
+  Args:
+    weights: [C]; those that are not positive and finite do not count. None
+      counts all alike.
+    finite: [C] bool.
+  """
+  if weights is None:
+    return normalized(finite)
+  weights = weights.astype(jnp.float32)
+  usable = finite & jnp.isfinite(weights) & (weights > 0)
+  return normalized(jnp.where(usable, weights, 0.0))
+
+
 def keep_lowest(
   scores: jax.Array, finite: types.RowMask, count: int
 ) -> types.RowMask:

@@ -4,16 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjax_safety import _validate, tree, types
+from fedjax_safety import tree, types
 from fedjax_safety.aggregators import _base, _geometry, _rule
 
 
-def _check_bulyan(cohort_size: int, *, num_byzantine: int) -> None:
-  _validate.byzantine_bound('bulyan', num_byzantine, cohort_size, 4, 3)
-
-
 @_rule.whole(
-  check=_check_bulyan,
+  check=_rule.at_least('bulyan', 4, 3),
   paper='El Mhamdi et al., ICML 2018',
   guarantee='no value leaves the honest range by more than its width',
   cost='C² P + C log² C P, three reads',

@@ -203,11 +203,7 @@ def coefficients(
   if _rule.of(steps[-1]).kind == 'affine':
     found = _body(steps[-1], rows.geometry, key=key)
   else:
-    usable = rows.geometry.finite
-    if weights is not None:
-      usable &= jnp.isfinite(weights) & (weights > 0)
-    counts = jnp.ones(usable.size) if weights is None else weights
-    found = _base.normalized(jnp.where(usable, counts, 0.0))
+    found = _base.shares(weights, rows.geometry.finite)
   if rows.matrix is not None:
     found = found @ rows.matrix
   return jnp.where(rows.finite, found, 0.0)

@@ -10,6 +10,7 @@ from fedjax_safety.aggregators import (
   _base,
   _clusters,
   _geometry,
+  _noise,
   _rule,
   _scale,
 )
@@ -75,21 +76,8 @@ def flame(
   shares = _base.normalized(kept)
   delta = tree.mix(shares * _scale.clip_factors(norms, bound), deltas)
   if not isinstance(noise_multiplier, (int, float)) or noise_multiplier > 0:
-    delta = _with_noise(delta, noise_multiplier * bound, key)
+    delta = _noise.add(delta, noise_multiplier * bound, key)
   return _base.RuleOutput(delta, shares, finite)
-
-
-def _with_noise(
-  delta: types.Adapter, deviation: jax.Array, key: types.PRNGKey
-) -> types.Adapter:
-  """Adds Gaussian noise of one standard deviation to every coordinate."""
-  leaves, structure = jax.tree.flatten(delta)
-  keys = jax.random.split(key, len(leaves))
-  noisy = [
-    (leaf + deviation * jax.random.normal(k, leaf.shape)).astype(leaf.dtype)
-    for leaf, k in zip(leaves, keys, strict=True)
-  ]
-  return jax.tree.unflatten(structure, noisy)
 
 
 class NormHistory(NamedTuple):

@@ -5,22 +5,13 @@ coordinate: it sorts to the upper end. Coordinates with more of them than the
 rule can bear are 0 in the result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_safety import _validate, tree
 from fedjax_safety.aggregators import _rule
-
-
-def _check(name: str) -> Callable[..., None]:
-  """Returns the check of a rule that needs an honest majority."""
-
-  def check(cohort_size: int, *, num_byzantine: int) -> None:
-    _validate.byzantine_bound(name, num_byzantine, cohort_size, 2, 1)
-
-  return check
 
 
 @_rule.coordinatewise(
@@ -54,7 +45,7 @@ def median(values: Sequence[jax.Array]) -> jax.Array:
 
 
 @_rule.coordinatewise(
-  check=_check('trimmed_mean'),
+  check=_rule.at_least('trimmed_mean', 2, 1),
   paper='Yin et al., ICML 2018',
   guarantee='(f, κ), κ = 6f/(n−2f)·(1 + f/(n−2f)), Allouah et al., 2023',
   needs='n ≥ 2f + 1',
@@ -115,7 +106,7 @@ def _num_finite(values: Sequence[jax.Array]) -> jax.Array:
 
 
 @_rule.coordinatewise(
-  check=_check('meamed'),
+  check=_rule.at_least('meamed', 2, 1),
   paper='Xie, Koyejo, Gupta, 2018',
   guarantee='(f, κ), κ = 4f/(n−f)·(1 + 4(1 + f/(n−2f))²), own proof',
   needs='n ≥ 2f + 1',
@@ -156,7 +147,7 @@ def meamed(values: Sequence[jax.Array], *, num_byzantine: int) -> jax.Array:
 
 
 @_rule.coordinatewise(
-  check=_check('phocas'),
+  check=_rule.at_least('phocas', 2, 1),
   paper='Xie, Koyejo, Gupta, 2018',
   guarantee=('(f, κ), κ = 4f/(n−f)·(1 + 6f/(n−2f)·(1 + f/(n−2f))), own proof'),
   needs='n ≥ 2f + 1',

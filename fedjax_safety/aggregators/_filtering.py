@@ -4,16 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjax_safety import _validate
 from fedjax_safety.aggregators import _base, _geometry, _rule
 
 
-def _check_caf(cohort_size: int, *, num_byzantine: int) -> None:
-  _validate.byzantine_bound('caf', num_byzantine, cohort_size, 2, 1)
-
-
 @_rule.affine(
-  check=_check_caf,
+  check=_rule.at_least('caf', 2, 1),
   paper='Allouah, Guerraoui, Stephan, ICML 2025',
   guarantee='(f, κ) in the top eigenvalue, κ = O(f/n)',
   needs='n ≥ 2f + 1',

@@ -48,18 +48,12 @@ def mean(
   return _base.RuleOutput(*_usable_mean(deltas, weights.astype(jnp.float32)))
 
 
-def _shares(weights, finite):
-  """Returns weights that sum to 1, and 0 for rows that cannot be used."""
-  usable = finite & jnp.isfinite(weights) & (weights > 0)
-  return _base.normalized(jnp.where(usable, weights, 0.0))
-
-
 @jax.custom_jvp
 def _usable_mean(deltas, weights):
   """Returns the mean of the rows that can be used, their shares, finiteness."""
 
   def mean_of(finite):
-    shares = _shares(weights, finite)
+    shares = _base.shares(weights, finite)
     return tree.mix(shares, deltas), shares, finite
 
   # A bad row of positive weight shows in the mixture of all rows, whose check
@@ -81,7 +75,7 @@ def _usable_mean_jvp(primals, tangents):
   output = _usable_mean(*primals)
 
   def mean_of(deltas, weights):
-    shares = _shares(weights, output[2])
+    shares = _base.shares(weights, output[2])
     return tree.mix(shares, deltas), shares
 
   _, (delta, shares) = jax.jvp(mean_of, primals, tangents)

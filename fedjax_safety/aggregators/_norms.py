@@ -52,12 +52,8 @@ def norm_bounded_mean(
   return factors * _base.normalized(geometry.finite)
 
 
-def _check_cge(cohort_size: int, *, num_byzantine: int) -> None:
-  _validate.byzantine_bound('cge', num_byzantine, cohort_size, 2, 1)
-
-
 @_rule.affine(
-  check=_check_cge,
+  check=_rule.at_least('cge', 2, 1),
   paper='Gupta, Liu, Vaidya, 2021',
   guarantee='under bounded spread and small f/n',
   needs='n ≥ 2f + 1',

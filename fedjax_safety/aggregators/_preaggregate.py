@@ -7,14 +7,8 @@ from fedjax_safety import _validate, types
 from fedjax_safety.aggregators import _base, _geometry, _rule, _scale
 
 
-def _check_mixing(cohort_size: int, *, num_byzantine: int) -> None:
-  _validate.byzantine_bound(
-    'nearest_neighbor_mixing', num_byzantine, cohort_size, 2, 1
-  )
-
-
 @_rule.matrix(
-  check=_check_mixing,
+  check=_rule.at_least('nearest_neighbor_mixing', 2, 1),
   paper='Allouah et al., AISTATS 2023',
   guarantee='makes an (f, κ) rule (f, 8f/(n−f)·(κ+1)) robust',
   needs='n ≥ 2f + 1',
@@ -90,14 +84,8 @@ def static_clipping(
   return _clipping(geometry, max_norm)
 
 
-def _check_adaptive_clipping(cohort_size: int, *, num_byzantine: int) -> None:
-  _validate.byzantine_bound(
-    'adaptive_clipping', num_byzantine, cohort_size, 2, 1
-  )
-
-
 @_rule.matrix(
-  check=_check_adaptive_clipping,
+  check=_rule.at_least('adaptive_clipping', 2, 1),
   paper='Allouah et al., ICLR 2025',
   guarantee='makes an (f, κ) rule (f, 3κ) robust',
   needs='n ≥ 2f + 1',

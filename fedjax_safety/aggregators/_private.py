@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_safety import _validate, tree, types
-from fedjax_safety.aggregators import _base, _rule, _scale
+from fedjax_safety.aggregators import _base, _noise, _rule, _scale
 
 _PROTECTS = 'one row moves the delta by clip_norm/n; (ε, δ) of a client'
 
@@ -101,7 +101,7 @@ def _mean_of_clipped(
   delta = tree.mix(factors / finite.size, deltas)
   if not _is_number(noise_multiplier) or noise_multiplier > 0:
     deviation = noise_multiplier * clip_norm / finite.size
-    delta = _with_noise(delta, deviation, key)
+    delta = _noise.add(delta, deviation, key)
   return _base.RuleOutput(delta, _base.normalized(factors), finite)
 
 
@@ -205,14 +205,3 @@ def dp_mean_adaptive(
     return output._replace(metrics=output.metrics | {'clip_norm': state})
 
   return _base.Aggregator(init, update)
-
-
-def _with_noise(delta, deviation, key) -> types.Adapter:
-  """Adds Gaussian noise of one standard deviation to every coordinate."""
-  leaves, structure = jax.tree.flatten(delta)
-  keys = jax.random.split(key, len(leaves))
-  noisy = [
-    (leaf + deviation * jax.random.normal(k, leaf.shape)).astype(leaf.dtype)
-    for leaf, k in zip(leaves, keys, strict=True)
-  ]
-  return jax.tree.unflatten(structure, noisy)

@@ -64,6 +64,15 @@ def _no_check(cohort_size: int, **kwargs) -> None:
   del cohort_size, kwargs
 
 
+def at_least(rule: str, factor: int, offset: int) -> Callable[..., None]:
+  """Returns the check of a rule that needs `factor * f + offset` rows."""
+
+  def check(cohort_size: int, *, num_byzantine: int) -> None:
+    _validate.byzantine_bound(rule, num_byzantine, cohort_size, factor, offset)
+
+  return check
+
+
 def _all_rows(cohort_size: int, **kwargs) -> int:
   """Says that a step makes as many rows as it gets."""
   del kwargs

@@ -20,12 +20,7 @@ def shares(
   adapters: types.PyTree, weights: types.Weights | None
 ) -> types.Weights:
   """Returns weights [C] that sum to 1, 0 where weight or row is not usable."""
-  finite = tree.finite_rows(adapters)
-  if weights is None:
-    return _base.normalized(finite)
-  weights = weights.astype(jnp.float32)
-  usable = finite & jnp.isfinite(weights) & (weights > 0)
-  return _base.normalized(jnp.where(usable, weights, 0.0))
+  return _base.shares(weights, tree.finite_rows(adapters))
 
 
 def fedit(
