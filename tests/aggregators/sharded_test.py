@@ -55,7 +55,8 @@ def _runtime(name: str, deltas) -> dict:
   root = jax.tree.map(lambda x: x[0], deltas)
 
   def loss_fn(delta):
-    squares = jax.tree.map(lambda x, r: jnp.sum((x - r) ** 2), delta, root)
+    # A mean: differences of losses are as exact as a loss is large.
+    squares = jax.tree.map(lambda x, r: jnp.mean((x - r) ** 2), delta, root)
     return sum(jax.tree.leaves(squares))
 
   zeros = jax.tree.map(jnp.zeros_like, root)
@@ -111,11 +112,12 @@ def _check() -> None:
   """Compares whatever is registered and prints its name."""
   assert jax.device_count() == 8
   rng = np.random.default_rng(0)
+  # A pair of factors of eight layers, as one of the attacks asks for.
   deltas = {
-    'a': rng.standard_normal((COHORT, 8, 5)).astype(np.float32),
-    'b': rng.standard_normal((COHORT, 16)).astype(np.float32),
+    'a': rng.standard_normal((COHORT, 8, 4, 2)).astype(np.float32),
+    'b': rng.standard_normal((COHORT, 8, 2, 3)).astype(np.float32),
   }
-  deltas['b'][3, 4] = np.nan
+  deltas['b'][3, 4, 0, 1] = np.nan
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
   spreads = [
     jax.device_put(deltas, jax.NamedSharding(mesh, spec))
@@ -161,9 +163,15 @@ def _attacks() -> dict:
   is_malicious = jnp.arange(COHORT) >= 6
 
   def on_deltas(name):
-    attack = attacks.build(name)
-    extra = {'aggregate': aggregators.median} if attacks.inputs(name) else {}
-    return lambda deltas, key: attack(deltas, is_malicious, key, **extra)
+    attack, wanted = attacks.build(name), attacks.inputs(name)
+
+    def attacked(deltas, key):
+      server = jax.tree.map(lambda x: x[0], deltas)
+      known = {'aggregate': aggregators.median, 'adapter': server}
+      extra = {k: v for k, v in known.items() if k in wanted}
+      return attack(deltas, is_malicious, key, **extra)
+
+    return attacked
 
   return {name: on_deltas(name) for name in attacks.names()}
 
