@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -14,6 +16,9 @@ from fedjax_safety.models import sharding, tensor_files, weights
 # A stacked leaf above this size is loaded one layer at a time, so that the
 # host never holds all its layers; below, that would only cost programs.
 WHOLE_BYTES = 2**26
+
+# Each holds a panel of a tensor, so more of them would hold a layer.
+_MOST_THREADS = min(os.cpu_count() or 1, 16)
 
 
 def load(
@@ -157,10 +162,17 @@ def _read_transposed(
 ) -> None:
   """Fills `out[D_in, D_out]` from a tensor stored as `[D_out, D_in]`."""
   inputs, outputs = index
-  for low in range(outputs.start, outputs.stop, tensor_files.PANEL):
+
+  def fill(low):
     high = min(low + tensor_files.PANEL, outputs.stop)
     panel = files.read(name, (slice(low, high), inputs))
     tensor_files.transpose_panel(
       np.ascontiguousarray(panel, out.dtype),
       out[:, low - outputs.start : high - outputs.start],
     )
+
+  # NumPy copies without the interpreter's lock.
+  lows = range(outputs.start, outputs.stop, tensor_files.PANEL)
+  with futures.ThreadPoolExecutor(_MOST_THREADS) as pool:
+    for _ in pool.map(fill, lows):
+      pass

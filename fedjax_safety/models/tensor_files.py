@@ -20,6 +20,10 @@ INDEX = 'model.safetensors.index.json'
 # which is several times faster than transposing the whole.
 PANEL = 256
 
+# Rows a multiple of so many bytes apart, as powers of two are, share a few of
+# the cache's sets and drive each other out; one line more spreads them.
+_SAME_SETS, _LINE = 1024, 64
+
 _FLOATS = ('BF16', 'F16', 'F32', 'F64')
 _PICKLES = ('*.bin', '*.pth', '*.pt')
 
@@ -160,8 +164,13 @@ def transpose_panel(panel: np.ndarray, out: np.ndarray) -> None:
     out: may be a slice of columns of a larger array.
   """
   # As integers NumPy's strided copy is faster than as bfloat16.
-  bits = f'u{out.itemsize}'
-  out.view(bits)[...] = panel.view(bits).T
+  panel, out = panel.view(f'u{out.itemsize}'), out.view(f'u{out.itemsize}')
+  if panel.strides[0] % _SAME_SETS == 0:
+    height, width = panel.shape
+    spread = np.empty((height, width + _LINE // panel.itemsize), panel.dtype)
+    spread[:, :width] = panel
+    panel = spread[:, :width]
+  out[...] = panel.T
 
 
 def _all_finite(value: np.ndarray) -> bool:
