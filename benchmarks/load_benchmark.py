@@ -25,7 +25,6 @@ import pathlib
 import resource
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -143,11 +142,8 @@ def _timed(name: str, directory: pathlib.Path, dtype: str) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401
   jax.block_until_ready(jax.numpy.zeros(1))
   watch, fetched = _Watch(), _fetched_bytes()
-  start = time.perf_counter()
-  held = _SIDES[name](directory, dtype)
-  seconds = time.perf_counter() - start
-  return {
-    'seconds': seconds,
+  held, clocks = peers.timed(lambda: _SIDES[name](directory, dtype))
+  return clocks | {
     'peak_bytes': watch.stop(),
     'model_bytes': _host_bytes(held),
     'bytes_from_disk': _fetched_bytes() - fetched,
@@ -164,7 +160,7 @@ def _summary(runs: dict[str, list[dict]], size: int, layer: int) -> dict:
   """Returns each side's rate, ours against the others', and our memory."""
   found = {}
   for name, timed in runs.items():
-    seconds = min(t['seconds'] for t in timed)
+    seconds = min(t['wall_s'] for t in timed)
     found[name] = {'gb_per_s': size / seconds / 1e9, 'runs': timed}
   rate = found['ours']['gb_per_s']
   found['share_of_disk'] = rate / found['disk']['gb_per_s']
