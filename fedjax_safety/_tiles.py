@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_CPU_TILE = 4_096
+# Columns that a CPU works on at a time, so that they stay in its cache.
+CPU_TILE = 4_096
 
 
 def row_sums(function: Callable, *arrays: jax.Array, num_column_axes: int):
@@ -35,13 +36,13 @@ def row_sums(function: Callable, *arrays: jax.Array, num_column_axes: int):
 
   def tiled(*arrays):
     flat, width = _flattened(arrays, num_column_axes)
-    if width <= _CPU_TILE:
+    if width <= CPU_TILE:
       return whole(*flat, num_axes=1)
 
     def add_tile(i, sums):
       start, tiles = _cut(flat, i, width)
       # The last tile begins within the one before it.
-      new = start + jnp.arange(_CPU_TILE) >= i * _CPU_TILE
+      new = start + jnp.arange(CPU_TILE) >= i * CPU_TILE
       made = jax.tree.map(
         lambda x: jnp.where(new, x, jnp.zeros_like(x)), function(*tiles)
       )
@@ -50,7 +51,7 @@ def row_sums(function: Callable, *arrays: jax.Array, num_column_axes: int):
 
     shapes = jax.eval_shape(whole, *arrays)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return lax.fori_loop(0, -(-width // _CPU_TILE), add_tile, sums)
+    return lax.fori_loop(0, -(-width // CPU_TILE), add_tile, sums)
 
   return lax.platform_dependent(*arrays, cpu=tiled, default=whole)
 
@@ -73,7 +74,7 @@ def columns(
   def tiled(*arrays):
     flat, width = _flattened(arrays, num_column_axes)
     shape = jax.eval_shape(function, *arrays)
-    if width <= _CPU_TILE:
+    if width <= CPU_TILE:
       return function(*flat).reshape(shape.shape)
 
     def put_tile(i, made):
@@ -83,7 +84,7 @@ def columns(
 
     num_rows = shape.shape[: len(shape.shape) - num_column_axes]
     made = jnp.zeros((*num_rows, width), shape.dtype)
-    made = lax.fori_loop(0, -(-width // _CPU_TILE), put_tile, made)
+    made = lax.fori_loop(0, -(-width // CPU_TILE), put_tile, made)
     return made.reshape(shape.shape)
 
   return lax.platform_dependent(*arrays, cpu=tiled, default=whole or function)
@@ -108,7 +109,7 @@ def _flattened(arrays, num_axes: int) -> tuple[list[jax.Array], int]:
 
 def _cut(flat, index, width: int) -> tuple[jax.Array, list[jax.Array]]:
   """Returns where a tile starts, so that it ends with the array, and it."""
-  start = jnp.minimum(index * _CPU_TILE, width - _CPU_TILE)
+  start = jnp.minimum(index * CPU_TILE, width - CPU_TILE)
   return start, [
-    lax.dynamic_slice_in_dim(x, start, _CPU_TILE, axis=-1) for x in flat
+    lax.dynamic_slice_in_dim(x, start, CPU_TILE, axis=-1) for x in flat
   ]

@@ -16,9 +16,6 @@ from jax import lax
 
 from fedjax_safety import _networks, _tiles, types
 
-# Columns of one leaf that a CPU multiplies at a time, so that they stay in
-# its cache; other platforms take the leaf whole.
-_CPU_TILE = 4_096
 # Most products of a row and a number that are written out one by one, so that
 # made rows fuse with what reads them.
 _MAX_UNROLLED = 400
@@ -346,13 +343,16 @@ def _tiled_products(rows, others, center) -> tuple[jax.Array, ...]:
     x.reshape(*x.shape[: x.ndim - center.ndim], center.size)
     for x in (rows, others, center)
   ]
-  num_tiles = center.size // _CPU_TILE
-  whole = num_tiles * _CPU_TILE
+  num_tiles = center.size // _tiles.CPU_TILE
+  whole = num_tiles * _tiles.CPU_TILE
 
   def add_tile(i, products):
-    start = i * _CPU_TILE
+    start = i * _tiles.CPU_TILE
     tile = _whole_products(
-      *(lax.dynamic_slice_in_dim(x, start, _CPU_TILE, axis=-1) for x in flat)
+      *(
+        lax.dynamic_slice_in_dim(x, start, _tiles.CPU_TILE, axis=-1)
+        for x in flat
+      )
     )
     return jax.tree.map(operator.add, products, tile)
 
