@@ -23,4 +23,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 
 ruff check .
 ruff format --check .
-exec python -m pytest --numprocesses "$(nproc)" --dist loadgroup "$@"
+# A file's tests run in one process, so that what they share is made once; the
+# files with few tests are the slow ones and must not come last.
+exec python -m pytest --numprocesses "$(nproc)" --dist loadfile \
+  --no-loadscope-reorder "$@"

@@ -77,7 +77,6 @@ np.savez(output, **out)
 """
 
 
-# One worker runs all that need it, for it takes minutes.
 @pytest.fixture(scope='module')
 def eight(quick_jax, tiny_config, tmp_path_factory):
   """What eight devices give by rule and mesh, and what was said."""
@@ -108,7 +107,6 @@ def eight(quick_jax, tiny_config, tmp_path_factory):
   return dict(np.load(folder / 'out.npz')), done.stderr
 
 
-@pytest.mark.xdist_group('eight')
 @pytest.mark.parametrize(
   ('rule', 'mesh'),
   [*itertools.product(RULES, MESHES[1:]), ('mean', CHUNKED)],
@@ -128,13 +126,11 @@ def test_eight_devices_give_what_one_gives(eight, rule, mesh):
     np.testing.assert_allclose(many, one, rtol=0, atol=8 * 6e-8)
 
 
-@pytest.mark.xdist_group('eight')
 @pytest.mark.parametrize('mesh', MESHES)
 def test_each_run_compiles_its_round_once(eight, mesh):
   assert all(eight[0][f'{rule} {mesh} compiled'] == 1 for rule in RULES)
 
 
-@pytest.mark.xdist_group('eight')
 def test_no_layout_forces_a_full_copy(eight):
   assert 'Involuntary full rematerialization' not in eight[1]
 
