@@ -21,15 +21,11 @@ def cosine_dists(geometry: _geometry.Geometry) -> jax.Array:
 
   A row of zeros is at distance 1 from all others. The diagonal is 0.
   """
-  squares = jnp.diagonal(geometry.products)
-  finite, usable = geometry.finite, geometry.finite & (squares > 0)
-  norms = jnp.sqrt(jnp.where(usable, squares, 1.0))
-  cosines = geometry.products / norms[:, None] / norms[None, :]
-  pairs = usable[:, None] & usable[None, :]
-  dists = 1.0 - jnp.where(pairs, jnp.clip(cosines, -1.0, 1.0), 0.0)
+  finite = geometry.finite
+  dists = 1.0 - _geometry.cosines(geometry.products, finite)
   # Exactly symmetric, so that rows which join are told by equality.
   dists = 0.5 * (dists + dists.T)
-  dists = jnp.where(jnp.eye(norms.size, dtype=bool), 0.0, dists)
+  dists = jnp.where(jnp.eye(finite.size, dtype=bool), 0.0, dists)
   return jnp.where(finite[:, None] & finite[None, :], dists, jnp.inf)
 
 

@@ -98,6 +98,23 @@ def norms(geometry: Geometry) -> jax.Array:
   return jnp.where(geometry.finite, tree.safe_sqrt(squares), jnp.inf)
 
 
+def cosines(products: jax.Array, finite: types.RowMask) -> jax.Array:
+  """Returns [M, M] cosines of rows, in [-1, 1].
+
+  They are 0 for a row that is not finite or holds nothing but zeros.
+
+  Args:
+    products: [M, M] inner products.
+    finite: rows that count.
+  """
+  squares = jnp.diagonal(products)
+  usable = finite & (squares > 0)
+  lengths = jnp.sqrt(jnp.where(usable, squares, 1.0))
+  pairs = usable[:, None] & usable[None, :]
+  found = jnp.where(pairs, products, 0.0) / lengths[:, None] / lengths[None, :]
+  return jnp.clip(found, -1.0, 1.0)
+
+
 def _geometry(basis, coordinates, finite) -> Geometry:
   """Completes a geometry from what its rows are made of."""
   coordinates = jnp.where(finite[:, None], coordinates, 0.0)

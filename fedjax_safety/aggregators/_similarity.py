@@ -112,24 +112,21 @@ def _coefficients(
   products: jax.Array, finite: types.RowMask, variant: str
 ) -> jax.Array:
   """Returns the coefficients [C] of the rows in the delta."""
-  rates = _learning_rates(_cosines(products, finite), finite)
+  cosines = _geometry.cosines(products, finite)
+  others = jnp.where(jnp.eye(finite.size, dtype=bool), 0.0, cosines)
+  rates = _learning_rates(others, finite)
   if variant == 'openfedllm':
     rates = rates / jnp.maximum(jnp.sum(rates > 0), 1)
   return rates
 
 
-def _cosines(products: jax.Array, finite: types.RowMask) -> jax.Array:
-  """Returns [C, C] cosines; 0 on the diagonal and for unusable rows."""
-  squares = jnp.diagonal(products)
-  usable = finite & (squares > 0)
-  norms = jnp.sqrt(jnp.where(usable, squares, 1.0))
-  pairs = usable[:, None] & usable[None, :] & ~jnp.eye(norms.size, dtype=bool)
-  cosines = jnp.where(pairs, products, 0.0) / norms[:, None] / norms[None, :]
-  return jnp.clip(cosines, -1.0, 1.0)
-
-
 def _learning_rates(cosines: jax.Array, finite: types.RowMask) -> jax.Array:
-  """Returns the clients' learning rates [C] in [0, 1]."""
+  """Returns the clients' learning rates [C] in [0, 1].
+
+  Args:
+    cosines: [C, C] of clients to others, 0 on the diagonal.
+    finite: rows that count.
+  """
   likeness = jnp.max(cosines, axis=1) + _EPSILON
   # Pardon: a client is scaled down towards those that are more alike.
   ratio = likeness[:, None] / likeness[None, :]
