@@ -69,7 +69,7 @@ def get_config(world=''):
   repair.generation.answer_temperature = 0.5
   repair.num_examples = 600
   repair.num_steps = 150
-  repair.learning_rate = 3e-3
+  repair.learning_rate = 2e-3
   repair.final_learning_rate = 2e-4
 
   evaluation = config.evaluation
