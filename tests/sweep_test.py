@@ -1,5 +1,6 @@
 """A table of arms: what is run, skipped, shared, resumed and refused."""
 
+import dataclasses
 import pathlib
 import runpy
 import shutil
@@ -71,6 +72,16 @@ def _adapters(root):
     str(path.relative_to(root)): path.read_bytes()
     for path in root.glob('runs/*/*/adapters/*/*.safetensors')
   }
+
+
+def _rounds(settings):
+  """Returns what decides an arm's rounds; how nobody attacks does not."""
+  if not settings.threat_model.num_malicious:
+    nothing = dataclasses.replace(
+      settings.threat_model, data_attack='none', unaligned='', generator=''
+    )
+    settings = dataclasses.replace(settings, threat_model=nothing)
+  return sweep._rounds(settings)
 
 
 class TestSweep:
@@ -205,6 +216,26 @@ class TestConfigs:
     # Three of ten clients, of whom three take part in a round.
     assert krum.aggregator_kwargs['num_byzantine'] == 1
     assert arms['lmsys_fedavg_no_attack', 0].threat_model.num_malicious == 0
+
+  @pytest.mark.parametrize('size', ['', ':demo'])
+  def test_all_tables_at_once_run_what_each_would_and_once(self, size):
+    together = config_file.load(f'{PAPER / "tables.py"}{size}')
+    arms = config.resolve(together)
+    rows = iter(together['paper']['rows'])
+    for number in range(1, 9):
+      alone = config_file.load(f'{PAPER}/table{number}.py{size}')
+      alone_arms = config.resolve(alone)
+      for row in alone['paper']['rows']:
+        found = next(rows)
+        place = {'setting': f'Table {number}, {row["setting"]}'}
+        assert found == {**row, **place, 'arm': found['arm']}
+        ours, its = arms[found['arm'], 0], alone_arms[row['arm'], 0]
+        assert _rounds(ours) == _rounds(its)
+        levels = ('federated', *ours.defense.repair.levels)
+        assert row['stage'].removeprefix('repair_') in levels
+    assert next(rows, None) is None
+    once = [_rounds(made) for (_, seed), made in arms.items() if not seed]
+    assert len(once) == len(set(once))
 
   def test_every_defense_meets_every_attacker(self):
     name = PAPER.parent / 'defenses_x_attackers.py'
