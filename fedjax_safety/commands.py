@@ -14,10 +14,6 @@ from fedjax_safety import (
   _validate,
   assembly,
   distributed,
-  endpoint_settings,
-  evaluation_checks,
-  evaluation_inputs,
-  evaluation_settings,
   experiment,
   federation,
   report,
@@ -28,10 +24,14 @@ from fedjax_safety import config as config_lib
 from fedjax_safety import plan as plan_lib
 from fedjax_safety import settings as settings_lib
 from fedjax_safety import sweep as sweep_lib
+from fedjax_safety.config import evaluation_checks
 from fedjax_safety.data import catalog
 from fedjax_safety.evaluation import calibration, labels, rules
+from fedjax_safety.evaluation import inputs as evaluation_inputs
 from fedjax_safety.models import export as export_lib
 from fedjax_safety.models import load
+from fedjax_safety.settings import endpoint as endpoint_settings
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 Flags = flags.FlagValues
 

@@ -11,9 +11,7 @@ from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   client_data,
-  defense_checks,
   distributed,
-  evaluation_inputs,
   federation,
   interrupt,
   probe,
@@ -21,13 +19,15 @@ from fedjax_safety import (
   safe_lora,
   stages,
   workdir,
-  written_data,
 )
 from fedjax_safety import config as config_lib
 from fedjax_safety import metrics as metrics_lib
 from fedjax_safety import settings as settings_lib
+from fedjax_safety.config import defense_checks
 from fedjax_safety.data import overlap
+from fedjax_safety.evaluation import inputs as evaluation_inputs
 from fedjax_safety.plan import settle
+from fedjax_safety.synthesis import written_data
 
 
 def run(

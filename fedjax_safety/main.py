@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from fedjax_safety import commands, config_file, distributed, interrupt
+from fedjax_safety import commands, distributed, interrupt
+from fedjax_safety.config import file as config_file
 
 USER_ERROR = 2
 

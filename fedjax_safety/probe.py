@@ -14,16 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_safety import (
-  assembly,
-  client_algorithms,
-  defense_checks,
-  evaluation_inputs,
-  types,
-  written_filters,
-)
+from fedjax_safety import assembly, client_algorithms, types
 from fedjax_safety import settings as settings_lib
+from fedjax_safety.config import defense_checks
 from fedjax_safety.data import sources, templates
+from fedjax_safety.evaluation import inputs as evaluation_inputs
+from fedjax_safety.synthesis import filters as written_filters
 
 # Keeps the draw apart from those of clients and repair.
 _SEED = 2_000_003

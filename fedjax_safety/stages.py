@@ -18,19 +18,19 @@ from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   distributed,
-  early_stopping,
   endpoint,
-  evaluation_inputs,
   federation,
-  repair_loss,
   types,
   workdir,
-  written_data,
 )
 from fedjax_safety import repair as repair_lib
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.evaluation import evaluate as evaluate_lib
+from fedjax_safety.evaluation import inputs as evaluation_inputs
 from fedjax_safety.models import export, load
+from fedjax_safety.repair import early_stopping
+from fedjax_safety.repair import loss as repair_loss
+from fedjax_safety.synthesis import written_data
 
 # What the evaluation folds into the run's key.
 _EVALUATION = 13

@@ -3,8 +3,8 @@
 #
 #   bash launch/test.sh [--extra parity] [pytest arguments]
 #
-# `--extra parity` (or several, as `parity,privacy`) installs PyTorch and PEFT and runs the tests that compare
-# with them; without it those are skipped.
+# `--extra parity` (or several, as `parity,privacy`) installs PyTorch and PEFT
+# and runs the tests that compare with them; without it those are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -13,12 +13,12 @@ from fedjax_safety import (
   checkpoint,
   client_data,
   config,
-  config_file,
   federation,
   interrupt,
   metrics,
   probe,
 )
+from fedjax_safety.config import file as config_file
 from fedjax_safety.data import cohort
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')

@@ -5,15 +5,11 @@ import json
 
 import pytest
 
-from fedjax_safety import (
-  client_data,
-  config,
-  config_file,
-  evaluation_inputs,
-  evaluation_settings,
-  experiment,
-)
+from fedjax_safety import client_data, config, experiment
+from fedjax_safety.config import file as config_file
 from fedjax_safety.data import sources
+from fedjax_safety.evaluation import inputs as evaluation_inputs
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 
 @pytest.fixture

@@ -13,14 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_safety import (
-  assembly,
-  client_data,
-  config,
-  config_file,
-  federation,
-  settings,
-)
+from fedjax_safety import assembly, client_data, config, federation, settings
+from fedjax_safety.config import file as config_file
 
 # Sizes of the mesh's axes; after the bar, clients trained at once.
 MESHES = ('1,1,1', '8,1,1', '2,2,2', '1,4,2')
@@ -32,7 +26,8 @@ _PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from fedjax_safety import (
-  assembly, client_data, config, config_file, federation)
+  assembly, client_data, config, federation)
+from fedjax_safety.config import file as config_file
 
 path, output, rules, *meshes = sys.argv[1:]
 out = {}

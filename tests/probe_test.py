@@ -10,12 +10,12 @@ import pytest
 from fedjax_safety import (
   assembly,
   config,
-  config_file,
   experiment,
   federation,
   metrics,
   probe,
 )
+from fedjax_safety.config import file as config_file
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 

@@ -9,14 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_safety import (
-  assembly,
-  config,
-  config_file,
-  experiment,
-  metrics,
-  safe_lora,
-)
+from fedjax_safety import assembly, config, experiment, metrics, safe_lora
+from fedjax_safety.config import file as config_file
 from fedjax_safety.models import export, load
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')

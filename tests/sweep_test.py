@@ -9,7 +9,6 @@ import pytest
 
 from fedjax_safety import (
   config,
-  config_file,
   experiment,
   federation,
   interrupt,
@@ -17,6 +16,7 @@ from fedjax_safety import (
   stages,
   sweep,
 )
+from fedjax_safety.config import file as config_file
 
 PAPER = pathlib.Path(__file__).parents[1] / 'configs' / 'paper'
 pytestmark = pytest.mark.usefixtures('quick_compiles')

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from fedjax_safety import replies
+from fedjax_safety.endpoint import replies
 from fedjax_safety.evaluation import judge_formats
 
 Pair = tuple[str, str]

@@ -6,9 +6,10 @@ import logging
 import jax
 import pytest
 
-from fedjax_safety import evaluation_inputs, evaluation_settings
 from fedjax_safety.data import sources
 from fedjax_safety.evaluation import checks, evaluate
+from fedjax_safety.evaluation import inputs as evaluation_inputs
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 # Name to (arguments, answers that follow, answers that do not).
 CASES = {

@@ -9,12 +9,10 @@ import threading
 import jax
 import pytest
 
-from fedjax_safety import (
-  evaluation_inputs,
-  evaluation_settings,
-)
 from fedjax_safety.data import sources
 from fedjax_safety.evaluation import code, evaluate, sandbox
+from fedjax_safety.evaluation import inputs as evaluation_inputs
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 PROBLEM = {
   'task_id': 'test/0',

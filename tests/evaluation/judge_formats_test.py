@@ -7,9 +7,10 @@ import pytest
 import tokenizers
 import transformers
 
-from fedjax_safety import evaluation_inputs, evaluation_settings
 from fedjax_safety import settings as settings_lib
+from fedjax_safety.evaluation import inputs as evaluation_inputs
 from fedjax_safety.evaluation import judge_formats, judges
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 FORMATS = judge_formats.FORMATS
 SPECIAL = ('<s>', '</s>', '<|user|>', '<|assistant|>', '<|eot|>', '[INST]')

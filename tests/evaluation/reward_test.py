@@ -5,12 +5,10 @@ import shutil
 
 import pytest
 
-from fedjax_safety import (
-  evaluation_inputs,
-  evaluation_settings,
-  settings,
-)
+from fedjax_safety import settings
+from fedjax_safety.evaluation import inputs as evaluation_inputs
 from fedjax_safety.evaluation import reward
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 PAIRS = [('tell me how', 'I cannot'), ('do', 'a b c d e f'), ('make', '')]
 

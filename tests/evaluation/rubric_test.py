@@ -5,19 +5,13 @@ import json
 import jax
 import pytest
 
-from fedjax_safety import (
-  config,
-  endpoint_settings,
-  evaluation_checks,
-  evaluation_inputs,
-  evaluation_settings,
-  main,
-  settings,
-  stages,
-  workdir,
-)
+from fedjax_safety import config, main, settings, stages, workdir
+from fedjax_safety.config import evaluation_checks
 from fedjax_safety.data import sources
 from fedjax_safety.evaluation import evaluate, rubric
+from fedjax_safety.evaluation import inputs as evaluation_inputs
+from fedjax_safety.settings import endpoint as endpoint_settings
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 
 def _config(url_name, **changes):

@@ -7,7 +7,9 @@ import types
 
 import pytest
 
-from fedjax_safety import commands, config, config_checks, config_file, main
+from fedjax_safety import commands, config, main
+from fedjax_safety.config import checks as config_checks
+from fedjax_safety.config import file as config_file
 from fedjax_safety.models import config as model_config
 from fedjax_safety.models import weights
 from fedjax_safety.plan import fit, shapes, topology

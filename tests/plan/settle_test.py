@@ -6,7 +6,8 @@ import types
 import pytest
 
 from fedjax_safety import config as config_lib
-from fedjax_safety import config_file, experiment, main, metrics
+from fedjax_safety import experiment, main, metrics
+from fedjax_safety.config import file as config_file
 from fedjax_safety.models import load
 from fedjax_safety.plan import cost, fit, settle, shapes
 

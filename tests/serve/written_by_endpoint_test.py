@@ -10,13 +10,13 @@ from fedjax_safety import (
   arm,
   client_data,
   config,
-  config_file,
   endpoint,
   experiment,
   interrupt,
   metrics,
-  written_data,
 )
+from fedjax_safety.config import file as config_file
+from fedjax_safety.synthesis import written_data
 
 pytest.importorskip('openai')
 pytestmark = pytest.mark.usefixtures('quick_compiles')

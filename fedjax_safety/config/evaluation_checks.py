@@ -1,8 +1,9 @@
 """Checks of the settings of an evaluation against their ranges."""
 
-from fedjax_safety import _validate, endpoint, evaluation_settings
+from fedjax_safety import _validate, endpoint
 from fedjax_safety.data import templates
 from fedjax_safety.evaluation import judge_formats, rules
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 
 def check(evaluation: evaluation_settings.EvaluationConfig) -> None:

@@ -15,7 +15,8 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_safety import _validate, endpoint_settings
+from fedjax_safety import _validate
+from fedjax_safety.settings import endpoint as endpoint_settings
 
 PREFIX = 'endpoint:'
 _FORM = 'endpoint:URL#MODEL, such as endpoint:http://127.0.0.1:8000/v1#base'

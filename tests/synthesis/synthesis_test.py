@@ -8,13 +8,9 @@ import re
 import jax
 import pytest
 
-from fedjax_safety import (
-  config,
-  repair_settings,
-  settings,
-  synthesis,
-  written_filters,
-)
+from fedjax_safety import config, settings, synthesis
+from fedjax_safety.settings import repair as repair_settings
+from fedjax_safety.synthesis import filters as written_filters
 
 ASK = settings.GenerationConfig(
   ask_harmful='ask harm',

@@ -8,12 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_safety import (
-  defense_settings,
-  endpoint_settings,
-  evaluation_settings,
-  repair_settings,
-)
+from fedjax_safety.settings import defense as defense_settings
+from fedjax_safety.settings import endpoint as endpoint_settings
+from fedjax_safety.settings import evaluation as evaluation_settings
+from fedjax_safety.settings import repair as repair_settings
 
 # Stands for an adapter that changes nothing.
 NO_ADAPTER = 'none'

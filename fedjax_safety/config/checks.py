@@ -5,19 +5,18 @@ from fedjax_safety import (
   attacks,
   client_algorithms,
   client_update,
-  defense_checks,
   endpoint,
-  evaluation_checks,
   lora_aggregators,
   privacy,
-  repair_settings,
   server_update,
-  written_filters,
 )
 from fedjax_safety import settings as settings_lib
+from fedjax_safety.config import defense_checks, evaluation_checks
 from fedjax_safety.data import cohort, poison, templates
 from fedjax_safety.models import attention, quantization
 from fedjax_safety.models import config as model_config
+from fedjax_safety.settings import repair as repair_settings
+from fedjax_safety.synthesis import filters as written_filters
 
 # Schemes whose factors mean the same in every round.
 _ONE_BASIS = ('factors', 'ffa', 'ffa_product')

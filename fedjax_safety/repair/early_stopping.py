@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_safety import assembly, probe, types, written_filters
+from fedjax_safety import assembly, probe, types
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import sources
+from fedjax_safety.synthesis import filters as written_filters
 
 Examples = list[sources.Example]
 # What `repair.repair` yields: steps done, adapter, metrics.

@@ -1,12 +1,12 @@
 """The settings of evaluations, a part of `settings.ExperimentConfig`.
 
-Nothing here is checked against anything else: see `evaluation_checks`.
+Nothing here is checked against anything else: see `config.evaluation_checks`.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
-from fedjax_safety import endpoint_settings
+from fedjax_safety.settings import endpoint as endpoint_settings
 
 ROLES = ('harmful', 'benign', 'task', 'open')
 

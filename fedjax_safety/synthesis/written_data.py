@@ -14,22 +14,22 @@ from fedjax_safety import arm as arm_lib
 from fedjax_safety import (
   assembly,
   client_data,
-  defense_checks,
   distributed,
   endpoint,
-  endpoint_settings,
-  evaluation_inputs,
   probe,
-  replies,
   synthesis,
   types,
   workdir,
-  written_filters,
 )
 from fedjax_safety import config as config_lib
 from fedjax_safety import settings as settings_lib
+from fedjax_safety.config import defense_checks
 from fedjax_safety.data import sources
+from fedjax_safety.endpoint import replies
+from fedjax_safety.evaluation import inputs as evaluation_inputs
 from fedjax_safety.models import sampler as sampler_lib
+from fedjax_safety.settings import endpoint as endpoint_settings
+from fedjax_safety.synthesis import filters as written_filters
 
 # What each use of randomness folds into the run's key.
 _ATTACK_DATA, _DEFENSE_DATA = 11, 12

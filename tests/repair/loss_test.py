@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_safety import assembly, lora, losses, repair, repair_loss
+from fedjax_safety import assembly, lora, losses, repair
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import templates
 from fedjax_safety.models import config as model_config
 from fedjax_safety.models import decoder
+from fedjax_safety.repair import loss as repair_loss
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 

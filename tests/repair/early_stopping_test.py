@@ -9,19 +9,12 @@ import numpy as np
 import pytest
 
 from fedjax_safety import arm as arm_lib
-from fedjax_safety import (
-  assembly,
-  config,
-  config_file,
-  early_stopping,
-  interrupt,
-  losses,
-  metrics,
-  repair_settings,
-  stages,
-)
+from fedjax_safety import assembly, config, interrupt, losses, metrics, stages
 from fedjax_safety import settings as settings_lib
+from fedjax_safety.config import file as config_file
 from fedjax_safety.data import sources
+from fedjax_safety.repair import early_stopping
+from fedjax_safety.settings import repair as repair_settings
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import ml_collections
 
-from fedjax_safety import _validate, config_checks, settings
+from fedjax_safety import _validate, settings
 from fedjax_safety import paper as paper_lib
+from fedjax_safety.config import checks as config_checks
 
 # Keys of a config beside those of one arm at one seed.
 _RUN_KEYS = {

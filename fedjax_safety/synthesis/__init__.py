@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_safety import replies, types, written_filters
 from fedjax_safety import settings as settings_lib
+from fedjax_safety import types
 from fedjax_safety.data import sources
+from fedjax_safety.endpoint import replies
 from fedjax_safety.models import sampler as sampler_lib
+from fedjax_safety.synthesis import filters as written_filters
 
 _LIST_MARK = re.compile(r'^\s*(?:[-*•]|\(?\d+[.):])\s*')
 
@@ -29,7 +31,7 @@ class SynthesisError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-  """Pairs of one kind, and the counts of `written_filters` about them."""
+  """Pairs of one kind, and the counts of `filters` about them."""
 
   pairs: list[sources.Example]
   account: dict[str, Any]

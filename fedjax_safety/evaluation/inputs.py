@@ -5,15 +5,11 @@ import functools
 import pathlib
 from typing import Any
 
-from fedjax_safety import (
-  assembly,
-  endpoint,
-  evaluation_settings,
-  replies,
-)
+from fedjax_safety import assembly, endpoint
 from fedjax_safety import settings as settings_lib
 from fedjax_safety.data import poison, sources
 from fedjax_safety.demo_world import named
+from fedjax_safety.endpoint import replies
 from fedjax_safety.evaluation import (
   checks,
   code,
@@ -23,6 +19,7 @@ from fedjax_safety.evaluation import (
 )
 from fedjax_safety.evaluation import judges as judges_lib
 from fedjax_safety.evaluation import rubric as rubric_lib
+from fedjax_safety.settings import evaluation as evaluation_settings
 
 Examples = list[sources.Example]
 

@@ -7,14 +7,9 @@ import socket
 import jax
 import pytest
 
-from fedjax_safety import (
-  endpoint,
-  endpoint_settings,
-  interrupt,
-  replies,
-  settings,
-  synthesis,
-)
+from fedjax_safety import endpoint, interrupt, settings, synthesis
+from fedjax_safety.endpoint import replies
+from fedjax_safety.settings import endpoint as endpoint_settings
 
 pytest.importorskip('openai')
 SETTING = 'threat_model.generator'

@@ -3,14 +3,9 @@
 import pytest
 
 from fedjax_safety import arm as arm_lib
-from fedjax_safety import (
-  client_data,
-  config,
-  config_file,
-  metrics,
-  sweep,
-  written_data,
-)
+from fedjax_safety import client_data, config, metrics, sweep
+from fedjax_safety.config import file as config_file
+from fedjax_safety.synthesis import written_data
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_safety import repair_loss, repair_settings, types
 from fedjax_safety import settings as settings_lib
+from fedjax_safety import types
 from fedjax_safety.data import templates
+from fedjax_safety.repair import loss as repair_loss
+from fedjax_safety.settings import repair as repair_settings
 
 _STEPS = repair_settings.STEPS_PER_CALL
 
