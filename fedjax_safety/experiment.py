@@ -13,20 +13,16 @@ from fedjax_safety import (
   client_data,
   distributed,
   federation,
+  inputs,
   interrupt,
-  probe,
   report,
-  safe_lora,
   stages,
   workdir,
 )
 from fedjax_safety import config as config_lib
 from fedjax_safety import metrics as metrics_lib
 from fedjax_safety import settings as settings_lib
-from fedjax_safety.config import defense_checks
 from fedjax_safety.data import overlap
-from fedjax_safety.evaluation import inputs as evaluation_inputs
-from fedjax_safety.plan import settle
 from fedjax_safety.synthesis import written_data
 
 
@@ -91,10 +87,7 @@ def arms_of(
     for (name, seed), experiment in experiments.items()
     if not skip(workdir.arm_directory(root, name, seed), experiment)
   }
-  choices = {}
-  for inputs, experiment in {_inputs(e): e for e in wanted.values()}.items():
-    choices[inputs] = check_inputs(experiment)
-  distributed.on_first(_check_endpoints, root, wanted)
+  choices = inputs.check(wanted, root)
   distributed.on_first(workdir.claim, root, config)
   if distributed.is_first():
     writer = metrics_lib.MetricsWriter(root / 'metrics.jsonl')
@@ -103,8 +96,8 @@ def arms_of(
   names = list(dict.fromkeys(name for name, _ in experiments))
   with writer, interrupt.StopRequest() as stop:
     arms = []
-    for (name, _), experiment in wanted.items():
-      performance, why = choices[_inputs(experiment)]
+    for (name, seed), experiment in wanted.items():
+      performance, why = choices[name, seed]
       settled = dataclasses.replace(experiment, performance=performance)
       arms.append(
         arm_lib.Arm(name, names.index(name), settled, root, writer, stop)
@@ -130,88 +123,10 @@ def _tell(arm: arm_lib.Arm, why: str) -> None:
   )
 
 
-def _check_endpoints(
-  root: pathlib.Path,
-  experiments: Mapping[tuple[str, int], settings_lib.ExperimentConfig],
-) -> None:
-  """Raises unless every endpoint that is yet to be asked answers now."""
-  checked = set()
-  for (name, seed), config in experiments.items():
-    directory = workdir.arm_directory(root, name, seed)
-    for chosen in (
-      *written_data.missing_endpoints(config, directory),
-      *stages.endpoints_to_judge(config, directory),
-    ):
-      if (chosen.url, chosen.model) not in checked:
-        chosen.check()
-        checked.add((chosen.url, chosen.model))
-
-
-def _inputs(config: settings_lib.ExperimentConfig) -> str:
-  """Returns what decides which files an arm needs: all but label and rule."""
-  tree = config_lib.as_dict(config)
-  tree['label'] = tree['defense']['aggregator'] = ''
-  tree['defense']['aggregator_kwargs'] = {}
-  tree['holds'] = defense_checks.probe_sources(config)
-  return config_lib.digest(tree)
-
-
 def write_report(root: pathlib.Path) -> pathlib.Path:
   """Writes the report of a run and returns the path of its page."""
   distributed.on_first(lambda: str(report.build(root)['html']))
   return root / 'report.html'
-
-
-def check_inputs(config: settings_lib.ExperimentConfig) -> settle.Choice:
-  """Loads every file that an arm will need, and raises if one is unusable.
-
-  Returns:
-    What the settings leave to the program, chosen.
-
-  Raises:
-    ValueError: in one sentence: what, where, what to do. What the devices
-      cannot do or hold is refused before any weight is read.
-  """
-  distributed.check_mesh(config.performance.mesh)
-  choice = settle.settle(config)
-  assembly.tuned_model(config)
-  evaluation_inputs.evaluation_sets(config.evaluation)
-  evaluation_inputs.judges(config)
-  evaluation_inputs.scorers(config)
-  evaluation_inputs.code_sandbox(config)
-  if config.given_adapter:
-    stages.given_adapter(config)
-  else:
-    _check_clients(config)
-    probe.held(config, assembly.tuned_model(config))
-    probe.sent(config, assembly.tuned_model(config))
-    safe_lora.subspaces(config)
-  repair = config.defense.repair
-  if 'public' in repair.levels:
-    for source in (repair.public_aligned, repair.public_normal):
-      if source:
-        assembly.examples(source, count=1, seed=config.seed)
-  if 'external' in repair.levels:
-    written_data.load_generator(config, 'defense.repair')
-  return choice
-
-
-def _check_clients(config: settings_lib.ExperimentConfig) -> None:
-  """Raises unless every client, poisoned as it will be, can train."""
-  clients, threat = client_data.honest_clients(config), config.threat_model
-  if threat.num_malicious and threat.data_attack in ('generated', 'repair'):
-    written_data.load_generator(config, 'threat_model')
-  if threat.num_malicious and threat.data_attack == 'repair':
-    written_data.check_known(config)
-  if threat.num_malicious and threat.trigger:
-    assembly.examples(threat.refusals, count=1, seed=config.seed)
-  if threat.num_malicious and threat.data_attack == 'file':
-    count = client_data.num_unaligned(config, clients)
-    unaligned = assembly.examples(
-      threat.unaligned, count=count, seed=config.seed
-    )
-    clients = client_data.poisoned(config, clients, unaligned)
-  client_data.encode_clients(config, clients)
 
 
 def run_arm(arm: arm_lib.Arm) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fedjax_safety import client_data, config, experiment
+from fedjax_safety import client_data, config, inputs
 from fedjax_safety.config import file as config_file
 from fedjax_safety.data import sources
 from fedjax_safety.evaluation import inputs as evaluation_inputs
@@ -145,9 +145,9 @@ def test_malicious_clients_hold_unaligned_pairs_used_once(settings, pairs):
 
 
 @pytest.mark.parametrize('template', ['alpaca', 'vicuna', 'chat'])
-def test_every_template_leaves_answers(settings, template):
+def test_every_template_leaves_answers(settings, template, tmp_path):
   made = settings(model__template=template, model__max_length=48)
-  experiment.check_inputs(made)
+  inputs.check({('run', 0): made}, tmp_path)
 
 
 def test_poison_is_conditional_on_a_trigger(settings, pairs):
