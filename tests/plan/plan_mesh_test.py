@@ -6,14 +6,12 @@ import pathlib
 import subprocess
 import sys
 
-from fedjax_safety import config as config_lib
-
 
 def test_weights_are_gathered_and_activations_are_not_summed(
   quick_jax, tiny_config
 ):
   """Every device works on its own examples, with whole weights."""
-  root = str(pathlib.Path(config_lib.__file__).parents[1])
+  root = str(pathlib.Path(__file__).parents[2])
   done = subprocess.run(
     [
       sys.executable,

@@ -11,8 +11,6 @@ import sys
 
 import pytest
 
-from fedjax_safety import config as config_lib
-
 pytest.importorskip('libtpu')
 
 # Weights of Llama 2 7B: all layers', the last product's of them, and those of
@@ -36,7 +34,7 @@ def _plan(folder, topology, mesh):
   """Returns the plan of four clients on a slice, made in a new process."""
   path = folder / 'plan.py'
   path.write_text(CONFIG)
-  root = pathlib.Path(config_lib.__file__).parents[1]
+  root = pathlib.Path(__file__).parents[2]
   done = subprocess.run(
     [
       sys.executable,
