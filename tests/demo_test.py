@@ -4,12 +4,13 @@ import importlib.util
 import json
 import pathlib
 
+import jax
 import pytest
 
 from fedjax_safety import checkpoint as checkpoint_lib
 from fedjax_safety import experiment, report
 from fedjax_safety.models import config as model_config
-from fedjax_safety.models import load
+from fedjax_safety.models import decoder, load
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -40,15 +41,27 @@ def _rate(answers, verdict, *, role=None, name=None):
   return sum(map(bool, chosen)) / len(chosen)
 
 
-def test_demo_at_smoke_size_leaves_all_it_promises(tmp_path):
+@pytest.fixture
+def compiles_quickly(monkeypatch):
+  """Few optimizations, and layers in a loop, for this test alone."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  monkeypatch.setattr(decoder, '_MAX_UNROLLED_LAYERS', 0)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+  jax.clear_caches()
+
+
+def test_demo_at_smoke_size_leaves_all_it_promises(tmp_path, compiles_quickly):
   config = _config('demo')
   config.client.num_rounds = 2
   config.client.num_local_steps = 2
-  config.data.examples_per_client = 20
+  config.client.batch_size = 2
+  config.data.examples_per_client = 10
   config.defense.repair.num_steps = 4
-  config.defense.repair.num_examples = 24
+  config.defense.repair.num_examples = 12
+  config.performance.generation_batch_size = 16
   for prompts in config.evaluation.sets.values():
-    prompts['limit'] = 8
+    prompts['limit'] = 4
   html = experiment.run(config, tmp_path / 'run')
 
   root = html.parent
