@@ -4,8 +4,9 @@
     fedjax-safety sweep --config=configs/paper/tables.py:demo --workdir=...
 
 What several tables have in common is run once: table 3 repairs what table 1
-attacked, table 7 begins where table 2 stands. Demo size: 57 federations a
-seed, about half a minute each on two CPU cores, as much again for repairs.
+attacked, and three tenths in table 7 are table 1's. Demo size: 57 federations
+a seed, 30 to 60 seconds each on two CPU cores, and 27 repairs. What has been
+run of it stands in the README.
 """
 
 import json
