@@ -110,15 +110,18 @@ def _rounds(config: settings_lib.ExperimentConfig) -> str:
   """Returns a hash of all that the federated adapter depends on.
 
   The evaluation counts: generated attack data must not hold its prompts. So
-  does the repair where the attacker knows it.
+  does the repair where the attacker knows it. How nobody attacks does not.
   """
-  repair = settings_lib.RepairConfig()
-  if config.threat_model.data_attack == 'repair':
+  repair, threat_model = settings_lib.RepairConfig(), config.threat_model
+  if not threat_model.num_malicious:
+    threat_model = settings_lib.ThreatModelConfig()
+  if threat_model.data_attack == 'repair':
     repair = dataclasses.replace(config.defense.repair, levels=())
   return config_lib.digest(
     dataclasses.replace(
       config,
       label='',
+      threat_model=threat_model,
       defense=dataclasses.replace(config.defense, repair=repair),
     )
   )

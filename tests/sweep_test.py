@@ -1,6 +1,5 @@
 """A table of arms: what is run, skipped, shared, resumed and refused."""
 
-import dataclasses
 import pathlib
 import runpy
 import shutil
@@ -72,16 +71,6 @@ def _adapters(root):
     str(path.relative_to(root)): path.read_bytes()
     for path in root.glob('runs/*/*/adapters/*/*.safetensors')
   }
-
-
-def _rounds(settings):
-  """Returns what decides an arm's rounds; how nobody attacks does not."""
-  if not settings.threat_model.num_malicious:
-    nothing = dataclasses.replace(
-      settings.threat_model, data_attack='none', unaligned='', generator=''
-    )
-    settings = dataclasses.replace(settings, threat_model=nothing)
-  return sweep._rounds(settings)
 
 
 class TestSweep:
@@ -230,11 +219,11 @@ class TestConfigs:
         place = {'setting': f'Table {number}, {row["setting"]}'}
         assert found == {**row, **place, 'arm': found['arm']}
         ours, its = arms[found['arm'], 0], alone_arms[row['arm'], 0]
-        assert _rounds(ours) == _rounds(its)
+        assert sweep._rounds(ours) == sweep._rounds(its)
         levels = ('federated', *ours.defense.repair.levels)
         assert row['stage'].removeprefix('repair_') in levels
     assert next(rows, None) is None
-    once = [_rounds(made) for (_, seed), made in arms.items() if not seed]
+    once = [sweep._rounds(made) for (_, seed), made in arms.items() if not seed]
     assert len(once) == len(set(once))
 
   def test_every_defense_meets_every_attacker(self):
