@@ -13,9 +13,12 @@ import numpy as np
 from fedjax_safety.models import quantization as quantization_lib
 from fedjax_safety.models import sharding, tensor_files, weights
 
-# A stacked leaf above this size is loaded one layer at a time, so that the
-# host never holds all its layers; below, that would only cost programs.
+# A stacked leaf above this size goes to an accelerator one layer at a time, so
+# that the host never holds all its layers; below, that only costs programs.
 WHOLE_BYTES = 2**26
+
+# A CPU device takes memory over that starts at a multiple of so many bytes.
+_ALIGNMENT = 64
 
 # Each holds a panel of a tensor, so more of them would hold a layer.
 _MOST_THREADS = min(os.cpu_count() or 1, 16)
@@ -40,7 +43,7 @@ def load(
   if mesh is not None:
     place = jax.sharding.NamedSharding(mesh, sharding.spec_of(weight.path))
   size = math.prod(weight.shape) * dtype.itemsize
-  if not weight.stacked or size <= WHOLE_BYTES:
+  if not weight.stacked or size <= WHOLE_BYTES or _in_host_memory(mesh):
     return _load_part(files, weight, slice(0, weight.shape[0]), dtype, place)
   leaf = _zeros(weight.shape, dtype, place)
   for layer in range(weight.shape[0]):
@@ -49,6 +52,13 @@ def load(
     # The next layer's memory is then this one's.
     jax.block_until_ready(leaf)
   return leaf
+
+
+def _in_host_memory(mesh: jax.sharding.Mesh | None) -> bool:
+  """Whether what is read stays where it was read to: all devices are CPUs."""
+  if mesh is None:
+    return jax.default_backend() == 'cpu'
+  return all(device.platform == 'cpu' for device in mesh.devices.flat)
 
 
 @functools.partial(jax.jit, static_argnames=('shape', 'dtype', 'place'))
@@ -138,7 +148,7 @@ def _read(
   dtype: np.dtype,
 ) -> np.ndarray:
   """Reads one slice of a leaf: stacked, transposed and cast."""
-  out = np.empty([part.stop - part.start for part in index], dtype)
+  out = _empty([part.stop - part.start for part in index], dtype)
   layers, inner = index[:1], index[1:]
   if not weight.stacked:
     layers, inner = (slice(0, 1),), index
@@ -146,33 +156,41 @@ def _read(
   for number, target in zip(
     numbers, out if weight.stacked else [out], strict=True
   ):
-    name = weight.names[number]
-    if weight.transposed:
-      _read_transposed(files, name, inner, target)
-    else:
-      target[...] = files.read(name, inner)
+    _read_tensor(files, weight, weight.names[number], inner, target)
   return out
 
 
-def _read_transposed(
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+  """Returns an array to fill, which a CPU device then need not copy."""
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -memory.ctypes.data % _ALIGNMENT
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_tensor(
   files: tensor_files.TensorFiles,
+  weight: weights.Weight,
   name: str,
-  index: tuple[slice, slice],
+  index: tuple[slice, ...],
   out: np.ndarray,
 ) -> None:
-  """Fills `out[D_in, D_out]` from a tensor stored as `[D_out, D_in]`."""
-  inputs, outputs = index
+  """Fills `out` with a slice of a tensor, in threads, some rows in each."""
+  # A tensor that is transposed is stored as `[D_out, D_in]`.
+  rows, *columns = index[::-1] if weight.transposed else index
 
   def fill(low):
-    high = min(low + tensor_files.PANEL, outputs.stop)
-    panel = files.read(name, (slice(low, high), inputs))
-    tensor_files.transpose_panel(
-      np.ascontiguousarray(panel, out.dtype),
-      out[:, low - outputs.start : high - outputs.start],
-    )
+    part = slice(low, min(low + tensor_files.PANEL, rows.stop))
+    panel = files.read(name, (part, *columns))
+    place = slice(part.start - rows.start, part.stop - rows.start)
+    if weight.transposed:
+      panel = np.ascontiguousarray(panel, out.dtype)
+      tensor_files.transpose_panel(panel, out[:, place])
+    else:
+      out[place] = panel
 
   # NumPy copies without the interpreter's lock.
-  lows = range(outputs.start, outputs.stop, tensor_files.PANEL)
+  lows = range(rows.start, rows.stop, tensor_files.PANEL)
   with futures.ThreadPoolExecutor(_MOST_THREADS) as pool:
     for _ in pool.map(fill, lows):
       pass

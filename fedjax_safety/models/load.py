@@ -36,8 +36,9 @@ def load(
 ) -> tuple[config_lib.DecoderConfig, dict[str, Any]]:
   """Loads a model of a supported family from a Hugging Face directory.
 
-  Every process reads only the slices that its own devices hold, and holds at
-  most one tensor of the files in the host's memory, or one small leaf.
+  Every process reads only the slices that its own devices hold. What it holds
+  of them in the host's memory on their way to an accelerator is one tensor of
+  the files at most, or one small leaf; a CPU's arrays are where it reads to.
 
   Args:
     directory: holds `config.json` and safetensors weights, in one file or in

@@ -79,6 +79,8 @@ def test_large_leaves_are_loaded_layer_by_layer(
   puts = []
   put = leaves._put_layer
   monkeypatch.setattr(leaves, 'WHOLE_BYTES', 0)
+  # As where an accelerator has memory of its own.
+  monkeypatch.setattr(leaves, '_in_host_memory', lambda mesh: False)
   monkeypatch.setattr(
     leaves, '_put_layer', lambda *args: puts.append(args) or put(*args)
   )
@@ -87,6 +89,21 @@ def test_large_leaves_are_loaded_layer_by_layer(
   # Each of nine leaves of each of three layers, and into donated memory.
   assert len(puts) == 9 * 3 and all(leaf.is_deleted() for leaf, *_ in puts)
   assert all(part.shape[0] == 1 for _, part, *_ in puts)
+
+
+@pytest.mark.parametrize('with_mesh', [False, True])
+def test_a_cpu_holds_what_was_read_without_a_copy(save, monkeypatch, with_mesh):
+  directory, params = save()
+  mesh = sharding.make_mesh(devices=jax.devices()[:1]) if with_mesh else None
+  read, empty = [], leaves._empty
+  monkeypatch.setattr(leaves, 'WHOLE_BYTES', 0)
+  monkeypatch.setattr(
+    leaves, '_empty', lambda *args: read.append(empty(*args)) or read[-1]
+  )
+  _, found = load.load(directory, mesh=mesh)
+  held = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(found)}
+  assert held == {array.ctypes.data for array in read}
+  _assert_trees_equal(found, params)
 
 
 def test_names_and_orientation_are_those_of_the_format(save):
