@@ -83,6 +83,25 @@ def test_mix_ignores_rows_of_weight_zero_and_returns_single_rows_exactly():
   )
 
 
+# Up to a block of rows, blocks of them, and blocks with a rest.
+@pytest.mark.parametrize('num_rows', [1, 9, 10, 11, 20, 43])
+def test_mix_is_a_product_and_has_its_derivatives(num_rows):
+  rng = np.random.default_rng(num_rows)
+  rows = rng.standard_normal((num_rows, 2, 3)).astype(np.float32)
+  weights = rng.uniform(-1, 1, num_rows).astype(np.float32)
+  spoiled, left_out = rows.copy(), weights.copy()
+  spoiled[num_rows // 2], left_out[num_rows // 2] = np.nan, 0.0
+  want = np.tensordot(np.float64(left_out), rows, axes=1)
+  np.testing.assert_allclose(tree.mix(left_out, spoiled), want, atol=1e-5)
+  gradients = jax.grad(lambda *args: tree.mix(*args).sum(), argnums=(0, 1))
+  by_weight, by_row = gradients(weights, rows)
+  np.testing.assert_allclose(by_weight, rows.sum((1, 2)), atol=1e-5)
+  by_row = np.asarray(by_row)
+  np.testing.assert_array_equal(
+    by_row, np.broadcast_to(weights[:, None, None], rows.shape)
+  )
+
+
 def test_finite_rows_sees_every_kind_of_bad_entry_and_no_large_one():
   leaf = jnp.zeros((6, 5)).at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf)
   leaf = leaf.at[2, 4].set(-jnp.inf).at[3].set(3e38).at[4].set(1e-44)
