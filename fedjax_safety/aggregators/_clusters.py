@@ -132,8 +132,10 @@ def largest_mode(points: jax.Array, usable: types.RowMask) -> types.RowMask:
   modes = modes[order]
   kept = _distinct(_dists(modes, modes) <= bandwidth + _SLACK, usable[order])
   dists = jnp.where(kept[:, None], _dists(modes, points), jnp.inf)
-  mine = jnp.argmin(dists, axis=0)
-  inside = usable & (jnp.min(dists, axis=0) <= bandwidth + _SLACK)
+  nearest = jnp.min(dists, axis=0)
+  # The first of those that are as near, which argmin would let rounding pick.
+  mine = jnp.argmax(dists <= nearest + _SLACK, axis=0)
+  inside = usable & (nearest <= bandwidth + _SLACK)
   members = inside[None, :] & (mine[None, :] == jnp.arange(mine.size)[:, None])
   return members[jnp.argmax(jnp.sum(members, axis=1))]
 
