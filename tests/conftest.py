@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import os
 import threading
 import time
 
@@ -15,6 +16,17 @@ import transformers
 
 from fedjax_safety.models import config as model_config
 from fedjax_safety.models import export, weights
+
+# Of the two ways in which XLA has made code for CPUs the older one takes half
+# the time for programs as small as the tests'. Later versions have but one.
+if jax.__version_info__ < (0, 11):
+  os.environ['XLA_FLAGS'] = ' '.join(
+    [
+      '--xla_cpu_use_fusion_emitters=false',
+      '--xla_cpu_parallel_codegen_split_count=1',
+      os.environ.get('XLA_FLAGS', ''),
+    ]
+  )
 
 _WORDS = 'a b c d e f g h tell me how to make do say I cannot safe unsafe'
 _SPECIAL = ('<pad>', '<s>', '</s>', '<unk>', '[user]', '[assistant]')
