@@ -5,8 +5,8 @@
 
 What several tables have in common is run once: table 3 repairs what table 1
 attacked, and three tenths in table 7 are table 1's. Demo size: 57 federations
-a seed, 30 to 60 seconds each on two CPU cores, and 27 repairs. What has been
-run of it stands in the README.
+a seed, 25 to 60 seconds each on two CPU cores, and 27 repairs. What they
+showed stands in the README.
 """
 
 import json
