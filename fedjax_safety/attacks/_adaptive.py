@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fedjax_safety import _validate, tree, types
+from fedjax_safety import _validate, types
 from fedjax_safety.attacks import _directed, _honest
 
 # The server's rule as the attacker sees it: deltas -> delta.
@@ -133,14 +133,16 @@ def optimal_poison(
   num_evaluations: int = 20,
   first_step: float = 1.0,
 ) -> types.Deltas:
-  """Sends what was trained on poison, as strongly as this server lets through.
+  """Sends what makes this server's rule put out what was trained on poison.
 
   All malicious clients send the honest mean plus a factor times the way from
-  it to their own mean: 0 hides, 1 is what they trained. The factor is searched
-  for as in `optimal_ipm`, so as to move the rule's output as far as possible
-  along that way. It is for malicious clients whose data are poisoned; others
-  have nothing to send. Honest rows are bit-identical; rows that are not finite
-  are ignored, and without a finite honest one nothing changes.
+  it to their own mean: 0 hides, 1 is what they trained, and under plain
+  averaging C/f replaces the aggregate by it. The factor is searched for as in
+  `optimal_ipm`, so that the rule's output comes as near to their own mean as
+  it can. Pushed beyond it a model breaks, which shows. It is for malicious
+  clients whose data are poisoned; others have nothing to send. Honest rows are
+  bit-identical; rows that are not finite are ignored, and without a finite
+  honest one nothing changes.
 
   Args:
     deltas: stacked tree, leaves [C, ...].
@@ -159,7 +161,7 @@ def optimal_poison(
 
   References:
     Bagdasaryan, Veit, Hua, Estrin, Shmatikov. How To Backdoor Federated
-    Learning. AISTATS 2020 (constrain and scale).
+    Learning. AISTATS 2020 (model replacement).
     El Mhamdi, Guerraoui, Rouault. Distributed Momentum for
     Byzantine-resilient Stochastic Gradient Descent. ICLR 2021 (the search).
   """
@@ -169,14 +171,12 @@ def optimal_poison(
   own = _honest.measure(deltas, ~is_malicious)
   way = jax.tree.map(jnp.subtract, own.mean, honest.mean)
   way = jax.tree.map(lambda leaf: jnp.where(own.count > 0, leaf, 0.0), way)
-  unit = _honest.unit(way)
 
   def row(factor):
     return jax.tree.map(lambda m, w: m + factor * w, honest.mean, way)
 
-  def along(moved):
-    parts = jax.tree.map(lambda x, u: jnp.sum(x * u), moved, unit)
-    return tree.total(jax.tree.leaves(parts))
+  def nearness(moved):
+    return -_honest.norm(jax.tree.map(jnp.subtract, moved, way))
 
   return _most_harmful(
     deltas,
@@ -186,7 +186,7 @@ def optimal_poison(
     aggregate,
     num_evaluations,
     first_step,
-    harm=along,
+    harm=nearness,
   )
 
 
@@ -200,9 +200,9 @@ def _most_harmful(
   first_step,
   harm=_honest.norm,
 ):
-  """Writes `row(factor)` at the factor that moves the aggregate farthest.
+  """Writes `row(factor)` at the factor that does most harm.
 
-  `harm` says how far, from the honest mean to the aggregate.
+  `harm` says how much, of the way from the honest mean to the aggregate.
   """
   _validate.positive(num_evaluations=num_evaluations)
 
