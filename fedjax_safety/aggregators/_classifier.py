@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_safety import _validate, tree, types
-from fedjax_safety.aggregators import _base, _rule
+from fedjax_safety.aggregators import _base, _rule, _scale
 
 # Newton steps on a strictly convex loss of a few numbers.
 _NEWTON_STEPS = 12
@@ -49,17 +49,20 @@ def update_probe(
   to length 1 and centered on the mean of the references, so that a row is
   judged by its direction and not by its length. With M far below P the fit is
   exact in the M inner products. A row that is unsafe with probability p counts
-  `(1 - p) ** sharpness`, and nothing from `threshold` on. If no row is left
-  the delta is 0, as for rows that are not finite.
+  `(1 - p) ** sharpness`, and nothing from `threshold` on. One that is longer
+  than all safe references is shortened to the longest: who points as honest
+  clients do gains nothing by going further. If no row is left the delta is 0,
+  as for rows that are not finite. A client's weight is its share before it is
+  shortened.
 
   Example:
     >>> import jax.numpy as jnp
     >>> from fedjax_safety import aggregators
-    >>> deltas = jnp.array([[3.0, 0.1], [2.0, 0.0], [0.1, -1.0]])
-    >>> made = jnp.array([[1.0, 0.0], [0.0, -1.0]]), jnp.array([False, True])
+    >>> deltas = jnp.array([[9.0, 0.0], [2.0, 0.2], [0.1, -1.0]])
+    >>> made = jnp.array([[4.0, 0.0], [0.0, -1.0]]), jnp.array([False, True])
     >>> rule = aggregators.update_probe
     >>> print(rule(deltas, references=lambda: made, sharpness=0.0))
-    [2.5  0.05]
+    [3.  0.1]
 
   Args:
     deltas: stacked tree, leaves [C, ...].
@@ -84,8 +87,10 @@ def update_probe(
   unsafe = jax.nn.sigmoid(_fit(ours, theirs, is_unsafe, ridge))
   counts = jnp.where(unsafe < threshold, (1 - unsafe) ** sharpness, 0.0)
   share = _base.normalized(jnp.where(finite, counts, 0.0))
+  longest = jnp.max(jnp.where(is_unsafe, 0.0, tree.row_norms(known)))
+  shortened = share * _scale.clip_factors(tree.row_norms(clean), longest)
   return _base.RuleOutput(
-    tree.mix(share, clean), share, finite, {'probe_unsafe_by_row': unsafe}
+    tree.mix(shortened, clean), share, finite, {'probe_unsafe_by_row': unsafe}
   )
 
 

@@ -104,13 +104,9 @@ CASES = {
   # Rows are weighed by harm, whether there are Byzantine ones or not; which
   # rows are far too long depends on the origin.
   'safety_probe': Case('safety_probe', {}, _NO_F, _root_probe),
-  # Angles change with the origin, and each leaf has its own; one that points
-  # as honest ones do may be of any length.
+  # Angles change with the origin, and each leaf has its own; rows are clipped.
   'update_probe': Case(
-    'update_probe',
-    {},
-    _NO_F | {'shift', 'tree_is_vector', 'outliers_bounded'},
-    _references,
+    'update_probe', {}, _CLIPPED | {'tree_is_vector'}, _references
   ),
   # Angles and norms change with the origin; rows are clipped.
   'flame': Case('flame', {'noise_multiplier': 0.0}, _CLIPPED),

@@ -47,7 +47,7 @@ def test_unsafe_rows_have_no_part_whatever_their_number(num_malicious):
   np.testing.assert_allclose(found.client_weights, want / want.sum(), rtol=1e-5)
 
 
-def test_length_says_nothing():
+def test_length_says_nothing_of_who_a_row_is():
   rows, made = _inputs(3)
   lengths = jnp.asarray(np.logspace(-3, 30, 10))[:, None]
   np.testing.assert_allclose(
@@ -55,6 +55,19 @@ def test_length_says_nothing():
     _update(rows, made).client_weights,
     atol=1e-5,
   )
+
+
+def test_no_row_counts_for_more_than_the_longest_safe_reference():
+  rows, (references, is_unsafe) = _inputs(3)
+  references = jnp.where(is_unsafe[:, None], 100.0, 1.0) * references
+  longest = np.linalg.norm(references[~is_unsafe], axis=1).max()
+  lengths = jnp.asarray(np.logspace(-3, 30, 10))[:, None]
+  found = _update(rows * lengths, (references, is_unsafe))
+  sent = np.asarray(rows * lengths, np.float64)
+  norms = np.linalg.norm(sent, axis=1, keepdims=True)
+  want = found.client_weights @ (sent * np.minimum(1, longest / norms))
+  np.testing.assert_allclose(found.delta, want, rtol=1e-5)
+  assert np.linalg.norm(found.delta) <= longest
 
 
 def test_if_no_row_is_left_nothing_moves():
