@@ -17,6 +17,7 @@ from fedjax_safety.report import (
   _rates,
   _read,
   _scores,
+  _served,
   _sweep,
   _tables,
 )
@@ -61,6 +62,7 @@ def _view(
     'refusal': _tables.per_set(run, _rates.BENIGN),
     'matrices': _agreement.matrices(run),
     'truth': _agreement.truth_table(run),
+    'served': _served.tables(run),
     'caught': _caught.table(run),
     'caught_notes': _caught.NOTES,
     'cost': _costs.table(run),

@@ -1,8 +1,18 @@
 """What the adapters that the rounds served were worth."""
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
 import matplotlib.figure
 
-from fedjax_safety.report import _charts, _read
+from fedjax_safety.report import _caught, _charts, _read, _tables
+
+# Rounds that a table has columns for; the figure has all of them.
+_MOST_COLUMNS = 8
+
+# An arm's records that have some metric: round -> one of each seed.
+_Rounds = dict[int, list[_read.Record]]
 
 
 def figure(run: _read.Run) -> matplotlib.figure.Figure | None:
@@ -14,6 +24,92 @@ def figure(run: _read.Run) -> matplotlib.figure.Figure | None:
     ],
     height=3.0,
   )
+
+
+def tables(run: _read.Run) -> list[_tables.Table]:
+  """Returns a table of arms by rounds for safety, and one for the tasks.
+
+  The last column is by how much an arm was most below the first one, of all
+  rounds that were measured, in the mean of the seeds that both have.
+  """
+  return [
+    table
+    for title, name in _names(run)
+    if (table := _table(title, name, _measured(run, name))) is not None
+  ]
+
+
+def _measured(run: _read.Run, name: str) -> dict[str, _Rounds]:
+  """Returns each arm's rounds in which a metric was taken, by its words."""
+  arms = {}
+  for arm, records in _caught.rounds_by_arm(run).items():
+    rounds: _Rounds = {}
+    for record in records:
+      at = record.get('round')
+      if isinstance(at, int) and _tables.numbers([record], name):
+        rounds.setdefault(at, []).append(record)
+    if rounds:
+      arms[_caught.label(run, arm)] = rounds
+  return arms
+
+
+def _table(
+  title: str, name: str, arms: Mapping[str, _Rounds]
+) -> _tables.Table | None:
+  """Returns one metric's table; None if no round was measured."""
+  every = sorted({at for rounds in arms.values() for at in rounds})
+  if not every:
+    return None
+  shown, first = _evenly(every), next(iter(arms))
+  rows = tuple(
+    (
+      label,
+      (
+        *(_cell(rounds.get(at, []), name) for at in shown),
+        _tables.Box(_tables.NOTHING)
+        if label == first
+        else _most_below(rounds, arms[first], name),
+      ),
+    )
+    for label, rounds in arms.items()
+  )
+  after = (f'after round {at + 1}' for at in shown)
+  header = ('', *after, f'most below “{first}”')
+  return _tables.quiet(_tables.Table(title, header, rows, heat=True))
+
+
+def _evenly(rounds: Sequence[int]) -> list[int]:
+  """Returns all rounds, or as many as fit: the last one, and even steps."""
+  step = math.ceil(len(rounds) / _MOST_COLUMNS)
+  return list(rounds[::-1][::step][::-1])
+
+
+def _cell(records: Sequence[_read.Record], name: str) -> _tables.Box:
+  """Returns the mean over seeds in one round."""
+  box = _caught.box(records, name, is_share=True)
+  return box if '[' in box.text else dataclasses.replace(box, note='')
+
+
+def _most_below(ours: _Rounds, reference: _Rounds, name: str) -> _tables.Box:
+  """Returns by how many points, and in which round, one arm was most below."""
+  gaps = {}
+  for at in ours.keys() & reference.keys():
+    here, there = (_by_seed(rounds[at], name) for rounds in (ours, reference))
+    if seeds := here.keys() & there.keys():
+      lost = math.fsum(there[seed] - here[seed] for seed in seeds)
+      gaps[at] = lost / len(seeds)
+  if not gaps:
+    return _tables.Box(_tables.NOTHING)
+  at = max(sorted(gaps), key=gaps.get)
+  points = round(100 * gaps[at])
+  if points <= 0:
+    return _tables.Box('never')
+  return _tables.Box(f'{points} points, round {at + 1}')
+
+
+def _by_seed(records: Sequence[_read.Record], name: str) -> dict[object, float]:
+  """Returns a metric by seed."""
+  return {r.get('seed'): _tables.numbers([r], name)[0] for r in records}
 
 
 def _names(run: _read.Run) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from fedjax_safety.report import (
   _rates,
   _read,
   _scores,
+  _served,
   _sweep,
   _tables,
 )
@@ -65,6 +66,9 @@ def markdown(
     parts += [_table(table) for table in _scores.tables(run, scored)]
   parts.append('## Do the judges agree? (Cohen’s κ)')
   parts += _or_nothing([*_agreement.matrices(run), _agreement.truth_table(run)])
+  if served := _served.tables(run):
+    parts += ['## Was it safe in every round?', *_plot(plots, 'served')]
+    parts += map(_table, served)
   parts += _caught_and_cost(run, plots)
   parts.append('## Are the prompts kept apart?')
   parts.append(_escape.markdown(_answers.overlap_line(run)))
