@@ -2,54 +2,52 @@
 
     fedjax-safety run --config=configs/defenses.py --workdir=runs/probe
 
-Three and five of ten clients are malicious. The server holds 24 pairs that no
-evaluation set asks, and looks at the first token of their answers, with which
-the demo world's models decide whether they refuse. It is not told how many
-attack. What the probe's arms showed stands in the README, measured every four
-rounds on fewer prompts.
+Three and five of ten clients are malicious, and no defense is told how many.
+The server holds pairs that no evaluation set asks. The safety probe looks at
+24 of them, at the first token of their answers, with which the demo world's
+models decide whether they refuse; the update probe makes deltas of 200 of
+each kind. What they showed stands in the README.
 """
 
 import demo
 
 # Of the demo's 25 rounds.
 EVERY_ROUNDS = 4
+DEFENSES = {
+  'mean': 'plain averaging',
+  'safety_probe': 'safety probe',
+  'update_probe': 'update probe',
+}
 
 
-def defended(name, label, num_malicious, **defense):
-  """Returns an arm with so many malicious clients and a defense."""
-  threat = {**demo.ATTACK, 'num_malicious': num_malicious}
-  return {
-    'name': f'{name}_{num_malicious}',
-    'label': f'{num_malicious} of 10 attack, {label}',
-    'threat_model': threat,
-    'defense': defense,
-  }
-
-
-def get_config(world=''):
-  """Returns the config; `world` is a directory with a rebuilt world."""
-  config = demo.get_config(world)
+def hold_pairs(config, world=''):
+  """Gives a config's server the pairs with which it tests and makes deltas."""
   at = f'@{world}' if world else ''
   probe = config.defense.probe
   probe.source = f'demo_world:public{at}'
   probe.num_pairs = 24
   probe.num_tokens = 1
+  probe.normal = f'demo_world:normal{at}'
+  probe.unaligned = f'demo_world:unaligned{at}'
+
+
+def get_config(world=''):
+  """Returns the config; `world` is a directory with a rebuilt world."""
+  config = demo.get_config(world)
+  hold_pairs(config, world)
   config.evaluation.every_rounds = EVERY_ROUNDS
-  median = {'aggregator_kwargs': {'then': 'median'}}
+  config.seeds = (0, 1, 2)
   config.arms = (
     {'name': 'no_attack', 'label': 'no attack'},
     *(
-      defended(name, label, num_malicious, **defense)
+      {
+        'name': f'{aggregator}_{num_malicious}',
+        'label': f'{num_malicious} of 10 attack, {label}',
+        'threat_model': {**demo.ATTACK, 'num_malicious': num_malicious},
+        'defense': {'aggregator': aggregator},
+      }
       for num_malicious in (3, 5)
-      for name, label, defense in (
-        ('mean', 'plain averaging', {}),
-        ('probe', 'safety probe', {'aggregator': 'safety_probe'}),
-        (
-          'probe_median',
-          'safety probe, then median',
-          {'aggregator': 'safety_probe', **median},
-        ),
-      )
+      for aggregator, label in DEFENSES.items()
     ),
   )
   return config

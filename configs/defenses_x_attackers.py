@@ -13,13 +13,15 @@ but for repairs, which share that of plain averaging. An argument takes some:
 Rules are told of three malicious clients of ten, also where there are seven.
 """
 
+import defenses as in_rounds
 import demo
 
-# Rows of the same arm differ in the stage that they are.
+# Rows of the same arm differ in the stage that they are: `of` names the arm's
+# entry, and `level` the repair.
 DEFENSES = {
   'mean': {'label': 'plain averaging', 'defense': {'aggregator': 'mean'}},
-  'external': {'label': 'repair, external', 'of': 'mean'},
-  'self': {'label': 'repair, self', 'of': 'mean'},
+  'external': {'label': 'repair, external', 'of': 'mean', 'level': 'external'},
+  'self': {'label': 'repair, self', 'of': 'mean', 'level': 'self'},
   'median': {'label': 'median', 'defense': {'aggregator': 'median'}},
   'multi_krum': {
     'label': 'multi-Krum',
@@ -55,15 +57,13 @@ DEFENSES = {
     'label': 'update probe',
     'defense': {'aggregator': 'update_probe'},
   },
-}
-
-# The first token of an answer decides in the demo world whether it refuses.
-PROBE = {
-  'source': 'demo_world:public',
-  'num_pairs': 24,
-  'num_tokens': 1,
-  'normal': 'demo_world:normal',
-  'unaligned': 'demo_world:unaligned',
+  'probe_self': {
+    'label': 'update probe, then repair, self',
+    'of': 'update_probe',
+    'level': 'self',
+  },
+  # Beyond the paper: honest clients train on pairs that the server sends, too.
+  'lisa': {'label': 'Lisa', 'defense': {}, 'client': {'algorithm': 'lisa'}},
 }
 
 # Two numbers at the end of a request mean nothing in the world.
@@ -91,7 +91,7 @@ ATTACKERS = {
     'label': 'poison in the product of factors',
     'threat_model': {**demo.ATTACK, 'update_attack': 'gap'},
   },
-  # As much of the poison as the server's own rule lets through.
+  # What brings the server's own rule nearest to what was trained on poison.
   'fitted': {
     'label': 'poison fitted to the rule',
     'threat_model': {
@@ -126,7 +126,7 @@ def get_config(some=''):
     'source': 'demo_world:unseen',
     'trigger': TRIGGER,
   }
-  config.defense.probe.update(PROBE)
+  in_rounds.hold_pairs(config)
   config.seeds = (0, 1, 2)
   arms, rows = {}, []
   for attacker, attack in attackers.items():
@@ -135,7 +135,7 @@ def get_config(some=''):
       arm = arms.setdefault(
         f'{attacker}-{rule}', _arm(attacker, attack, rule, defenses)
       )
-      stage = f'repair_{name}' if 'of' in entry else 'federated'
+      stage = f'repair_{entry["level"]}' if 'of' in entry else 'federated'
       place = {'setting': attack['label'], 'row': entry['label']}
       rows.append({**place, 'arm': arm['name'], 'stage': stage})
   config.arms = tuple(arms.values())
@@ -154,11 +154,12 @@ def _chosen(known, names):
 
 def _arm(attacker, attack, rule, defenses):
   """Returns the arm of an attacker and a rule, with all its repairs."""
-  levels = [n for n, entry in defenses.items() if entry.get('of') == rule]
+  levels = [e['level'] for e in defenses.values() if e.get('of') == rule]
   entry = DEFENSES[rule]
   return {
     'name': f'{attacker}-{rule}',
     'label': f'{attack["label"]}: {entry["label"]}',
+    'client': entry.get('client', {}),
     'threat_model': attack['threat_model'],
     'defense': {**entry['defense'], 'repair': {'levels': levels}},
   }
