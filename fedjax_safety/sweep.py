@@ -1,10 +1,11 @@
 """A table of arms, run as far as it goes: what is done is left as it is."""
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedjax_safety import arm as arm_lib
@@ -26,7 +27,8 @@ def run(
   Finished arms are skipped without loading anything of theirs. Arms that
   differ only in what follows the rounds share one federation. An arm that
   fails, because its model writes no usable defense data for example, does not
-  keep the others from running; the next call tries it again.
+  keep the others from running; the next call tries it again. Several processes
+  may run the same sweep in one directory: each takes what no other one runs.
 
   Args:
     config: a ConfigDict made from `config.default()`, or the same as a dict.
@@ -50,16 +52,57 @@ def run(
   with experiment.arms_of(
     config, root, allow_config_change=allow_config_change, skip=_is_done
   ) as arms:
-    for number, arm in enumerate(arms, 1):
-      where = f'{arm.name}, seed {arm.config.seed}'
-      if distributed.is_first():
-        print(f'[{number}/{len(arms)}] {where}', file=sys.stderr)
-      try:
-        _share_federation(arm, places[_rounds(arm.config)])
-        experiment.run_arm(arm)
-      except ValueError as error:
-        failures.append(f'{where}: {error}')
+    for rounds, group in _by_rounds(arms).items():
+      with _claimed(root, rounds) as is_ours:
+        for arm in group if is_ours else ():
+          failures += _run_arm(arm, places[rounds], arms)
+        if not is_ours:
+          _say(f'{", ".join(map(_words, group))}: another process runs this')
   return experiment.write_report(root), failures
+
+
+def _by_rounds(arms: list[arm_lib.Arm]) -> dict[str, list[arm_lib.Arm]]:
+  """Returns the arms that share a federation, by `_rounds`."""
+  groups = {}
+  for arm in arms:
+    groups.setdefault(_rounds(arm.config), []).append(arm)
+  return groups
+
+
+@contextlib.contextmanager
+def _claimed(root: pathlib.Path, rounds: str) -> Iterator[bool]:
+  """Yields whether this run is the one that has some rounds, until it ends."""
+  with contextlib.ExitStack() as stack:
+    yield distributed.on_first(
+      lambda: stack.enter_context(workdir.lock(root, rounds))
+    )
+
+
+def _run_arm(
+  arm: arm_lib.Arm, places: list[pathlib.Path], arms: list[arm_lib.Arm]
+) -> list[str]:
+  """Runs an arm; returns a sentence if it failed."""
+  # Another process may have done it since this one began.
+  if _is_done(arm.directory, arm.config):
+    return []
+  _say(f'[{arms.index(arm) + 1}/{len(arms)}] {_words(arm)}')
+  try:
+    _share_federation(arm, places)
+    experiment.run_arm(arm)
+  except ValueError as error:
+    return [f'{_words(arm)}: {error}']
+  return []
+
+
+def _words(arm: arm_lib.Arm) -> str:
+  """Returns which arm it is."""
+  return f'{arm.name}, seed {arm.config.seed}'
+
+
+def _say(text: str) -> None:
+  """Tells the user, once."""
+  if distributed.is_first():
+    print(text, file=sys.stderr)
 
 
 def _is_done(
@@ -110,7 +153,8 @@ def _rounds(config: settings_lib.ExperimentConfig) -> str:
   """Returns a hash of all that the federated adapter depends on.
 
   The evaluation counts: generated attack data must not hold its prompts. So
-  does the repair where the attacker knows it. How nobody attacks does not.
+  does the repair where the attacker knows it. How nobody attacks does not, and
+  neither does performance, some of which is settled only on the device.
   """
   repair, threat_model = settings_lib.RepairConfig(), config.threat_model
   if not threat_model.num_malicious:
@@ -122,6 +166,7 @@ def _rounds(config: settings_lib.ExperimentConfig) -> str:
       config,
       label='',
       threat_model=threat_model,
+      performance=settings_lib.PerformanceConfig(),
       defense=dataclasses.replace(config.defense, repair=repair),
     )
   )

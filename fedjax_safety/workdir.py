@@ -10,14 +10,17 @@ runs/<arm>/seed_<n>/adapters/<stage>/          PEFT
 runs/<arm>/seed_<n>/evaluations/<stage>.jsonl  one line an answer
 runs/<arm>/seed_<n>/repair/<level>/            defense data, manifest
 runs/<arm>/seed_<n>/audit.json                 overlap of prompt sets
+locks/<digest>                                 what a process of a sweep runs
 report.html report.md report.csv
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fedjax_safety import config as config_lib
@@ -30,12 +33,34 @@ _MOST_DIFFERENCES = 12
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a file so that it is there whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.part')
-  with open(part, 'w', encoding='utf-8') as stream:
-    stream.write(text)
-    stream.flush()
-    os.fsync(stream.fileno())
-  os.replace(part, path)
+  # Two processes of a sweep may write the same.
+  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  try:
+    with open(part, 'w', encoding='utf-8') as stream:
+      stream.write(text)
+      stream.flush()
+      os.fsync(stream.fileno())
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path, name: str) -> Iterator[bool]:
+  """Takes a lock among all processes on a work directory, if it is free.
+
+  Yields whether it was. The system gives it back when a process ends, however
+  that happens.
+  """
+  path = workdir / 'locks' / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('a') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      yield False
+    else:
+      yield True
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -120,7 +145,10 @@ def check(
         f'{f"; and {more} more" if more > 0 else ""}). Use another --workdir, '
         f'or --allow_config_change to continue it with the new settings.'
       )
-  elif workdir.is_dir() and any(workdir.iterdir()):
+  # A file that begins with a dot may be another process's, not yet whole.
+  elif workdir.is_dir() and any(
+    not path.name.startswith('.') for path in workdir.iterdir()
+  ):
     raise ValueError(
       f'{workdir} is not empty and holds no run; choose another --workdir'
     )

@@ -1,8 +1,11 @@
 """A table of arms: what is run, skipped, shared, resumed and refused."""
 
+import collections
 import pathlib
 import runpy
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -12,8 +15,10 @@ from fedjax_safety import (
   federation,
   interrupt,
   main,
+  metrics,
   stages,
   sweep,
+  workdir,
 )
 from fedjax_safety.config import file as config_file
 
@@ -153,6 +158,56 @@ class TestSweep:
     assert [line.split()[0] for line in lines] == ['mean', 'longer']
     assert lines[0].split()[1] == '50.00'
     assert any(line.startswith('repaired') for line in out.splitlines())
+
+  def test_what_another_process_runs_is_left_to_it(
+    self, tree, called, tmp_path, capsys
+  ):
+    root = tmp_path / 'run'
+    workdir.claim(root, tree)
+    first = sweep._rounds(config.resolve(tree)['mean', 0])
+    with workdir.lock(root, first) as is_free:
+      assert is_free
+      sweep.run(tree, root)
+    assert called[0] == ALL[2:]
+    assert 'seed 0, longer, seed 0: another process' in capsys.readouterr().err
+    sweep.run(tree, root)
+    assert called[0] == ALL[2:] + ALL[:2]
+
+  def test_two_processes_share_the_work(self, tiny_config, tmp_path):
+    file, root = tmp_path / 'table.py', tmp_path / 'run'
+    file.write_text(
+      f"""
+import runpy
+def get_config():
+  made = runpy.run_path({str(tiny_config)!r})['get_config']()
+  made.client.num_rounds = 1
+  made.seeds = (0, 1)
+  made.arms = {_ARMS!r}
+  made.paper = {{'rows': {_ROWS!r}}}
+  return made
+"""
+    )
+    command = [sys.executable, '-m', 'fedjax_safety.main', 'sweep']
+    command += [f'--config={file}', f'--workdir={root}']
+    running = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
+    rounds = collections.Counter(
+      (record['arm'], record['seed'])
+      for record in metrics.read(root / 'metrics.jsonl')
+      if record['kind'] == 'round'
+    )
+    # One of the arms that share a federation has it, once.
+    assert sorted(seed for _, seed in rounds) == [0, 1]
+    assert set(rounds.values()) == {1}
+    assert len(_adapters(root)) == 8
+    assert not list(root.rglob('*.part'))
+
+  def test_settings_that_the_device_decides_change_no_rounds(
+    self, tree, called, tmp_path
+  ):
+    tree['performance']['clients_per_chunk'] = 'auto'
+    sweep.run({**tree, 'seeds': [0]}, tmp_path / 'run')
+    assert called[0] == ALL[:2] and called[1] == [('mean', 0)]
 
   def test_needs_a_table(self, tree, tmp_path):
     tree['paper'] = {}
