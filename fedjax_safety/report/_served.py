@@ -19,7 +19,7 @@ def figure(run: _read.Run) -> matplotlib.figure.Figure | None:
   """Returns what the rounds' adapters were worth; None if none was measured."""
   return _charts.draw(
     [
-      _charts.Panel(title, 'round', _charts.by_round(run, name), True)
+      _charts.Panel(title, 'rounds done', _curves(run, name), True)
       for title, name in _names(run)
     ],
     height=3.0,
@@ -37,6 +37,14 @@ def tables(run: _read.Run) -> list[_tables.Table]:
     for title, name in _names(run)
     if (table := _table(title, name, _measured(run, name))) is not None
   ]
+
+
+def _curves(run: _read.Run, name: str) -> dict[str, dict[float, list[float]]]:
+  """Returns a metric's values over seeds by arm and number of rounds done."""
+  return {
+    arm: {at + 1: values for at, values in points.items()}
+    for arm, points in _charts.by_round(run, name).items()
+  }
 
 
 def _measured(run: _read.Run, name: str) -> dict[str, _Rounds]:
@@ -104,7 +112,9 @@ def _most_below(ours: _Rounds, reference: _Rounds, name: str) -> _tables.Box:
   points = round(100 * gaps[at])
   if points <= 0:
     return _tables.Box('never')
-  return _tables.Box(f'{points} points, round {at + 1}')
+  return _tables.Box(
+    f'{points} {"point" if points == 1 else "points"}, round {at + 1}'
+  )
 
 
 def _by_seed(records: Sequence[_read.Record], name: str) -> dict[object, float]:
@@ -129,10 +139,10 @@ def alt(run: _read.Run) -> str:
   """Returns the figure of the rounds' adapters in words: the worst round."""
   worst = []
   for title, name in _names(run):
-    for arm, points in _charts.by_round(run, name).items():
+    for arm, points in _curves(run, name).items():
       least = min(points, key=lambda at: min(points[at]))
       worst.append(
-        f'{title} {arm}: {min(points[least]):.3f} at the least, in round '
+        f'{title} {arm}: {min(points[least]):.3f} at the least, after round '
         f'{least}'
       )
   return f'Curves over rounds. {"; ".join(worst)}.'
