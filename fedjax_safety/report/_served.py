@@ -11,8 +11,8 @@ from fedjax_safety.report import _caught, _charts, _read, _tables
 # Rounds that a table has columns for; the figure has all of them.
 _MOST_COLUMNS = 8
 
-# An arm's records that have some metric: round -> one of each seed.
-_Rounds = dict[int, list[_read.Record]]
+# A metric of one arm by seed, by the number of rounds done.
+_Rounds = dict[int, dict[object, float]]
 
 
 def figure(run: _read.Run) -> matplotlib.figure.Figure | None:
@@ -35,35 +35,33 @@ def tables(run: _read.Run) -> list[_tables.Table]:
   return [
     table
     for title, name in _names(run)
-    if (table := _table(title, name, _measured(run, name))) is not None
+    if (table := _table(title, _measured(run, name))) is not None
   ]
 
 
 def _curves(run: _read.Run, name: str) -> dict[str, dict[float, list[float]]]:
   """Returns a metric's values over seeds by arm and number of rounds done."""
   return {
-    arm: {at + 1: values for at, values in points.items()}
-    for arm, points in _charts.by_round(run, name).items()
+    arm: {at: list(by_seed.values()) for at, by_seed in rounds.items()}
+    for arm, rounds in _measured(run, name).items()
   }
 
 
 def _measured(run: _read.Run, name: str) -> dict[str, _Rounds]:
-  """Returns each arm's rounds in which a metric was taken, by its words."""
+  """Returns a metric of the arms that have it, by their words."""
   arms = {}
   for arm, records in _caught.rounds_by_arm(run).items():
     rounds: _Rounds = {}
     for record in records:
-      at = record.get('round')
-      if isinstance(at, int) and _tables.numbers([record], name):
-        rounds.setdefault(at, []).append(record)
+      at, value = record.get('round'), _tables.numbers([record], name)
+      if isinstance(at, int) and value:
+        rounds.setdefault(at + 1, {})[record.get('seed')] = value[0]
     if rounds:
       arms[_caught.label(run, arm)] = rounds
   return arms
 
 
-def _table(
-  title: str, name: str, arms: Mapping[str, _Rounds]
-) -> _tables.Table | None:
+def _table(title: str, arms: Mapping[str, _Rounds]) -> _tables.Table | None:
   """Returns one metric's table; None if no round was measured."""
   every = sorted({at for rounds in arms.values() for at in rounds})
   if not every:
@@ -73,15 +71,15 @@ def _table(
     (
       label,
       (
-        *(_cell(rounds.get(at, []), name) for at in shown),
+        *(_cell(rounds.get(at, {})) for at in shown),
         _tables.Box(_tables.NOTHING)
         if label == first
-        else _most_below(rounds, arms[first], name),
+        else _most_below(rounds, arms[first]),
       ),
     )
     for label, rounds in arms.items()
   )
-  after = (f'after round {at + 1}' for at in shown)
+  after = (f'after round {at}' for at in shown)
   header = ('', *after, f'most below “{first}”')
   return _tables.quiet(_tables.Table(title, header, rows, heat=True))
 
@@ -92,34 +90,29 @@ def _evenly(rounds: Sequence[int]) -> list[int]:
   return list(rounds[::-1][::step][::-1])
 
 
-def _cell(records: Sequence[_read.Record], name: str) -> _tables.Box:
+def _cell(by_seed: Mapping[object, float]) -> _tables.Box:
   """Returns the mean over seeds in one round."""
-  box = _caught.box(records, name, is_share=True)
+  records = [{'seed': seed, 'value': x} for seed, x in by_seed.items()]
+  box = _caught.box(records, 'value', is_share=True)
   return box if '[' in box.text else dataclasses.replace(box, note='')
 
 
-def _most_below(ours: _Rounds, reference: _Rounds, name: str) -> _tables.Box:
+def _most_below(ours: _Rounds, reference: _Rounds) -> _tables.Box:
   """Returns by how many points, and in which round, one arm was most below."""
   gaps = {}
-  for at in ours.keys() & reference.keys():
-    here, there = (_by_seed(rounds[at], name) for rounds in (ours, reference))
+  for at in sorted(ours.keys() & reference.keys()):
+    here, there = ours[at], reference[at]
     if seeds := here.keys() & there.keys():
       lost = math.fsum(there[seed] - here[seed] for seed in seeds)
       gaps[at] = lost / len(seeds)
   if not gaps:
     return _tables.Box(_tables.NOTHING)
-  at = max(sorted(gaps), key=gaps.get)
+  at = max(gaps, key=gaps.get)
   points = round(100 * gaps[at])
   if points <= 0:
     return _tables.Box('never')
-  return _tables.Box(
-    f'{points} {"point" if points == 1 else "points"}, round {at + 1}'
-  )
-
-
-def _by_seed(records: Sequence[_read.Record], name: str) -> dict[object, float]:
-  """Returns a metric by seed."""
-  return {r.get('seed'): _tables.numbers([r], name)[0] for r in records}
+  unit = 'point' if points == 1 else 'points'
+  return _tables.Box(f'{points} {unit}, round {at}')
 
 
 def _names(run: _read.Run) -> list[tuple[str, str]]:
