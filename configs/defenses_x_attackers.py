@@ -2,7 +2,7 @@
 
     fedjax-safety sweep --config=configs/defenses_x_attackers.py --workdir=...
 
-The report begins with tables of attackers by defenses: safety, the same when
+The report begins with tables of defenses by attackers: safety, the same when
 the trigger is said, helpfulness, over-refusal, AUROC and time, with intervals
 over the seeds. A defense more is an entry of `DEFENSES`, an attacker more one
 of `ATTACKERS`; nothing else lists them. One federation for each pair and seed,

@@ -1,4 +1,4 @@
-"""Attackers by defenses: one table for each thing that was measured."""
+"""Defenses by attackers: one table for each thing that was measured."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ _Fill = Callable[[_Place], _tables.Box]
 def tables(run: _read.Run) -> list[_tables.Table]:
   """Returns the tables of a run whose settings share their rows; else none.
 
-  Each table has a line for each setting, such as an attacker, and a column
-  for each row, such as a defense. Shares are shaded.
+  Each table has a line for each row, such as a defense, and a column for each
+  setting, such as an attacker: there are more of the former. Shares are shaded.
   """
   places = _places(run)
   settings = list(dict.fromkeys(setting for setting, _ in places))
@@ -27,10 +27,10 @@ def tables(run: _read.Run) -> list[_tables.Table]:
     if all(box.text == _tables.NOTHING for box in boxes.values()):
       continue
     rows = tuple(
-      (setting, tuple(boxes.get((setting, name), blank) for name in names))
-      for setting in settings
+      (name, tuple(boxes.get((setting, name), blank) for setting in settings))
+      for name in names
     )
-    table = _tables.Table(caption, ('', *names), rows, heat=True)
+    table = _tables.Table(caption, ('', *settings), rows, heat=True)
     made.append(_tables.quiet(table))
   return made
 
