@@ -29,7 +29,7 @@ def figure(run: _read.Run) -> matplotlib.figure.Figure | None:
 def tables(run: _read.Run) -> list[_tables.Table]:
   """Returns a table of arms by rounds for safety, and one for the tasks.
 
-  The last column is by how much an arm was most below the first one, of all
+  The first column is by how much an arm was most below the first one, of all
   rounds that were measured, in the mean of the seeds that both have.
   """
   return [
@@ -71,16 +71,16 @@ def _table(title: str, arms: Mapping[str, _Rounds]) -> _tables.Table | None:
     (
       label,
       (
-        *(_cell(rounds.get(at, {})) for at in shown),
         _tables.Box(_tables.NOTHING)
         if label == first
         else _most_below(rounds, arms[first]),
+        *(_cell(rounds.get(at, {})) for at in shown),
       ),
     )
     for label, rounds in arms.items()
   )
   after = (f'after round {at}' for at in shown)
-  header = ('', *after, f'most below “{first}”')
+  header = ('', f'most below “{first}”', *after)
   return _tables.quiet(_tables.Table(title, header, rows, heat=True))
 
 

@@ -34,18 +34,18 @@ def row_of(table, label):
 
 def test_arms_by_rounds_and_the_most_that_was_lost(served):
   safe, useful = _served.tables(_read.load(served))
-  assert safe.header[1:-1] == (
+  assert safe.header[2:] == (
     'after round 2',
     'after round 4',
     'after round 6',
   )
-  assert 'no attack' in safe.header[-1]
+  assert 'no attack' in safe.header[1]
   clean = row_of(safe, 'no attack')
-  assert [text.split()[0] for text in clean] == ['0.25', '0.50', '0.75', '—']
+  assert [text.split()[0] for text in clean] == ['—', '0.25', '0.50', '0.75']
   # Student's t of 3 seeds: .125 / sqrt(3) * 4.303 on either side.
-  assert clean[1] == '0.50 [0.19, 0.81]'
-  assert row_of(safe, 'attacked, plain averaging')[-1] == '62 points, round 6'
-  assert row_of(useful, 'attacked, plain averaging')[-1] == 'never'
+  assert clean[2] == '0.50 [0.19, 0.81]'
+  assert row_of(safe, 'attacked, plain averaging')[0] == '62 points, round 6'
+  assert row_of(useful, 'attacked, plain averaging')[0] == 'never'
 
 
 def test_arms_that_were_not_measured_are_left_out(served):
@@ -59,7 +59,7 @@ def test_arms_that_were_not_measured_are_left_out(served):
 def test_many_rounds_leave_the_last_and_even_steps(served, monkeypatch):
   monkeypatch.setattr(_served, '_MOST_COLUMNS', 2)
   safe, _ = _served.tables(_read.load(served))
-  assert safe.header[1:-1] == ('after round 2', 'after round 6')
+  assert safe.header[2:] == ('after round 2', 'after round 6')
 
 
 def test_no_measured_round_gives_no_table(three_seeds):
