@@ -6,7 +6,8 @@ The report begins with tables of defenses by attackers: safety, the same when
 the trigger is said, helpfulness, over-refusal, AUROC and time, with intervals
 over the seeds. A defense more is an entry of `DEFENSES`, an attacker more one
 of `ATTACKERS`; nothing else lists them. One federation for each pair and seed,
-but for repairs, which share that of plain averaging. An argument takes some:
+but for repairs, which share that of the rule they follow. An argument takes
+some:
 
     --config=configs/defenses_x_attackers.py:mean,dnc/none,trigger
 

@@ -50,17 +50,20 @@ def lock(workdir: pathlib.Path, name: str) -> Iterator[bool]:
   """Takes a lock among all processes on a work directory, if it is free.
 
   Yields whether it was. The system gives it back when a process ends, however
-  that happens.
+  that happens. A file system without locks has them all free, so that one
+  process runs there as ever.
   """
   path = workdir / 'locks' / name
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('a') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      is_free = True
     except BlockingIOError:
-      yield False
-    else:
-      yield True
+      is_free = False
+    except OSError:
+      is_free = True
+    yield is_free
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -1,5 +1,7 @@
 """What a work directory accepts, and that its files are whole or absent."""
 
+import errno
+import fcntl
 import json
 import pathlib
 
@@ -113,3 +115,28 @@ def test_each_arm_and_seed_has_its_directory():
     for seed in (0, 1)
   }
   assert len(found) == 4
+
+
+def test_a_lock_is_taken_once_and_given_back(tmp_path):
+  with workdir.lock(tmp_path, 'a') as first:
+    with workdir.lock(tmp_path, 'a') as second:
+      with workdir.lock(tmp_path, 'b') as other:
+        assert (first, second, other) == (True, False, True)
+  with workdir.lock(tmp_path, 'a') as again:
+    assert again
+
+
+def test_without_locks_on_the_file_system_all_are_free(tmp_path, monkeypatch):
+  def refuse(*unused):
+    raise OSError(errno.ENOLCK, 'no locks')
+
+  monkeypatch.setattr(fcntl, 'flock', refuse)
+  with workdir.lock(tmp_path, 'a') as is_free:
+    assert is_free
+
+
+def test_a_file_that_another_process_is_making_is_no_other_file(
+  tmp_path, settings
+):
+  (tmp_path / '.config.json.1.part').write_text('{')
+  workdir.check(tmp_path, settings)
